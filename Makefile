@@ -1,0 +1,60 @@
+# Each target sets up what it needs on a bare Python 3.11: uv (when missing), then .venv from constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+VENV141 := .venv-flwr141
+BIN := $(VENV)/bin
+UV := $(or $(shell command -v uv),.uv/bin/uv)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help install demo test slow check flwr141 fab bench constraints clean
+
+help: ## list the targets
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: $(VENV)/.done ## make .venv with every pinned package
+
+.uv/bin/uv:
+	$(PYTHON) -m venv .uv
+	.uv/bin/pip install -q uv
+
+$(VENV)/.done: pyproject.toml constraints.txt | $(UV)
+	$(UV) venv -q --clear --python 3.11 $(VENV)
+	$(UV) pip install -q -p $(VENV) -c constraints.txt -e '.[sim]' --group dev
+	@touch $@
+
+$(VENV141)/.done: pyproject.toml constraints-flwr141.txt | $(UV)
+	$(UV) venv -q --clear --python 3.11 $(VENV141)
+	$(UV) pip install -q -p $(VENV141) -c constraints-flwr141.txt -e '.[sim]' --group dev
+	@touch $@
+
+demo: install ## ten simulated devices learn a mask of a random network on digits
+	$(BIN)/fedmask run --method deltamask --data digits --clients 10 --rounds 20 --out runs/demo --overwrite
+
+test: install ## the default tests, under ten minutes
+	$(BIN)/python -m pytest
+
+slow: install ## the slow tests
+	$(BIN)/python -m pytest -m slow
+
+check: install ## ruff, mypy --strict, import-linter
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+flwr141: $(VENV141)/.done ## the Flower-facing tests on flwr 1.41
+	$(VENV141)/bin/python -m pytest -m "flower and not slow"
+
+fab: install ## build the Flower App Bundle into dist/
+	$(BIN)/python -c "from fedmask_flwr.simulate import build_fab; print(build_fab('dist'))"
+
+bench: install ## the benchmarks behind every figure of the README
+	$(BIN)/python benchmarks/codecs.py
+	$(BIN)/python benchmarks/fuse_query.py
+
+constraints: | $(UV) ## pin every version again
+	echo 'flwr==1.39.*' | $(UV) pip compile -q pyproject.toml --extra sim --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
+	echo 'flwr==1.41.*' | $(UV) pip compile -q pyproject.toml --extra sim --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints-flwr141.txt
+
+clean: ## remove what the targets made
+	rm -rf $(VENV) $(VENV141) .uv dist runs/demo

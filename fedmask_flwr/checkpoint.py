@@ -1,0 +1,71 @@
+"""Server state on disk: one safetensors file, replaced atomically, never a pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+S = TypeVar("S")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be read or does not fit; the message names the fix."""
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``: after a crash or a full disk it holds the old bytes or the new, never a mix.
+
+    Raises
+    ------
+    OSError
+        When the disk refuses; the old file is untouched and the temporary one is gone.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def save_state(path: Path, state: Any, meta: Mapping[str, Any]) -> None:
+    """Write a frozen dataclass of arrays and numbers, with JSON-able ``meta`` beside it."""
+    arrays, scalars = {}, {}
+    for field in dataclasses.fields(state):
+        value = getattr(state, field.name)
+        (arrays if isinstance(value, np.ndarray) else scalars)[field.name] = value
+    header = {"meta": json.dumps(dict(meta), sort_keys=True), "scalars": json.dumps(scalars, sort_keys=True)}
+    write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=header))
+
+
+def load_state(path: Path, cls: type[S]) -> tuple[S, dict[str, Any]]:
+    """Read what ``save_state`` wrote.
+
+    Raises
+    ------
+    CheckpointError
+        When the file is damaged or holds another state.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+            values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        values |= json.loads(header["scalars"])
+        return cls(**values), json.loads(header["meta"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a checkpoint of {cls.__name__} ({error}): restore it from a backup, or start again "
+            "with --overwrite or another output folder"
+        ) from error

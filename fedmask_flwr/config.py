@@ -1,0 +1,131 @@
+"""The run config: Flower's flat, kebab-case table, checked once, before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+
+class ConfigError(ValueError):
+    """A key or value of the run config is wrong; the message lists the right ones."""
+
+
+def kebab(name: str) -> str:
+    """local_epochs -> local-epochs."""
+    return name.replace("_", "-")
+
+
+class RunConfig(BaseModel):
+    """Everything a run can be told, except the method's own settings (``method_config``)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True)
+
+    method: str = Field("deltamask", description="fedpm, deltamask, fedavg, or 'package.module:Class'")
+    data: str = Field(
+        "digits",
+        description="digits, mnist, fashion-mnist, cifar10, npz (a folder of train.npz and test.npz), or "
+        "'package.module:function'",
+    )
+    data_dir: str = Field("", description="folder of the data set")
+    partition: Literal["iid", "dirichlet", "classes"] = "iid"
+    alpha: float = Field(0.5, gt=0.0, description="concentration of the Dirichlet partition")
+    classes_per_client: int = Field(2, ge=1)
+    model: str = Field(
+        "mlp", description="mlp, lenet5, conv4, conv6, torchvision:NAME, or 'package.module:builder'"
+    )
+    weights: str = Field(
+        "seed", description="seed (the run's), seed:N[:scale], file:PATH#sha256=HEX, or torchvision:DEFAULT"
+    )
+    include: str = Field("*", description="comma-separated patterns of parameter names to mask")
+    exclude: str = Field("", description="comma-separated patterns of parameter names to leave frozen")
+    num_server_rounds: int = Field(20, ge=1)
+    local_epochs: int = Field(3, ge=1)
+    batch_size: int = Field(32, ge=1)
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = Field(0.0, ge=0.0, description="0 means the method's own")
+    fraction_train: float = Field(1.0, gt=0.0, le=1.0)
+    fraction_evaluate: float = Field(0.0, ge=0.0, le=1.0, description="share of clients that evaluate each round")
+    eval_samples: int = Field(3, ge=1, description="networks drawn for accuracy_sampled")
+    min_nodes: int = Field(2, ge=1, description="nodes to wait for, and the fewest that train in a round")
+    node_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for min-nodes")
+    round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for a round's replies")
+    codec: str = Field("auto", description="codec of the uplink bits: auto, bits, rice, entropy, fuse8, fuse16, ...")
+    seed: int = Field(7, ge=0, lt=2**63)
+    threads: int = Field(1, ge=1, description="torch threads in a client")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    out: str = Field("", description="absolute folder of the run; empty: runs/<run id> below the server's folder")
+
+    @field_validator("codec")
+    @classmethod
+    def _known_codec(cls, name: str) -> str:
+        from .wire import codec_names
+
+        if name not in codec_names("bits"):
+            raise ValueError(f"use one of {', '.join(codec_names('bits'))}")
+        return name
+
+    @property
+    def weights_source(self) -> str:
+        """Where the frozen weights come from, with the run's seed filled in."""
+        return f"seed:{self.seed}" if self.weights == "seed" else self.weights
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate, or None for the method's own."""
+        return self.learning_rate or None
+
+
+def patterns(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list of name patterns."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def method_keys() -> dict[str, set[str]]:
+    """Run-config keys of each built-in method's own settings."""
+    from .methods import BUILTIN, resolve
+
+    return {name: _keys(resolve(name).Config) for name in BUILTIN}
+
+
+def load_config(flat: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+    """Check a flat run config and split it into ``RunConfig`` and the method's own settings.
+
+    Keys of other built-in methods are accepted and ignored: Flower hands over every declared key.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key (with the nearest right ones), an unknown method or codec, or a bad value.
+    """
+    from .methods import resolve
+
+    common = _keys(RunConfig)
+    try:
+        method = resolve(str(flat.get("method", "deltamask")))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    own = _keys(method.Config)
+    known = common | own | set().union(*method_keys().values())
+    wrong = sorted(set(flat) - known)
+    if wrong:
+        near = [m for key in wrong for m in difflib.get_close_matches(key, sorted(known), 3, 0.5)]
+        hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
+        raise ConfigError(
+            f"unknown run-config key{'s' if len(wrong) > 1 else ''} {', '.join(wrong)}.{hint} "
+            f"The keys are: {', '.join(sorted(common | own))}."
+        )
+    try:
+        config = RunConfig(**{k: v for k, v in flat.items() if k in common})
+        settings = {k: v for k, v in flat.items() if k in own}
+        method.Config(**settings)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("bad run config: " + "; ".join(lines)) from error
+    return config, settings
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}

@@ -1,0 +1,129 @@
+"""A client's turn: from a message to a model and an optimiser, and back to a message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import wraps
+
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.common.logger import log
+from torch import nn
+from torch.optim import Optimizer
+
+from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
+from fedmask_flwr.methods import Training, Turn
+from fedmask_flwr.wire import pack
+
+from .records import ARRAYS, AS_BUILT, METRICS, Plan, frame_of, frame_record, read_frame
+
+ERROR, RAISED = 40, 2  # logging.ERROR; Flower's code for "the ClientApp raised an exception"
+Handler = Callable[[Message, Context], Message]
+
+
+class MaskTurn:
+    """What a Flower client needs to train or evaluate a mask with a loop of its own.
+
+    ::
+
+        turn = MaskTurn(msg, context, model)   # was: model.load_state_dict(msg.content["arrays"]...)
+        optimizer = turn.optimizer()           # was: torch.optim.Adam(model.parameters())
+        ...                                    # the training loop, unchanged
+        return turn.reply(num_examples=n)      # was: Message(RecordDict({"arrays": ArrayRecord(...), ...
+
+    Raises
+    ------
+    WireError
+        When the message holds no readable frame, or one for another model or other frozen weights.
+    """
+
+    def __init__(self, msg: Message, context: Context, model: nn.Module) -> None:
+        self._msg, self._model = msg, model
+        self.plan, server_round = Plan.read(msg.content)
+        if self.plan.weights != AS_BUILT:
+            initialise(model, self.plan.weights)
+        spec = MaskSpec.of(model, self.plan.include, self.plan.exclude)
+        self.method = self.plan.build(spec, count_floats(model))
+        self.turn = Turn(self.plan.seed, server_round, self.plan.rounds, client_number(context))
+        self._digest = model_digest(spec, model)
+        frame = frame_of(msg.content.array_records.get(ARRAYS))
+        received = read_frame(frame, self.method, "down", digest=self._digest, round_=server_round)
+        self._got = received.payload
+        self._optimizer: Optimizer | None = None
+
+    def optimizer(self, lr: float | None = None, name: str = "adam") -> Optimizer:
+        """Write the round's start into the model and return its optimiser ("adam" or "sgd")."""
+        if name not in ("adam", "sgd"):
+            raise ValueError(f'optimizer is {name!r}; use "adam" or "sgd"')
+        training = Training("adam" if name == "adam" else "sgd", lr)
+        self._optimizer = self.method.begin(self._got, self._model, training, self.turn)
+        return self._optimizer
+
+    def load(self, mode: Mode = "threshold") -> nn.Module:
+        """Write the broadcast network into the model, for evaluation."""
+        mode = mode if mode in self.method.modes else self.method.modes[0]
+        key = derive(self.turn.seed, "evaluate", self.turn.round, self.turn.client)
+        self.method.install(self._got, self._model, frozen_weights(self._model, self.method.spec), mode, key)
+        return self._model
+
+    def reply(self, num_examples: int, metrics: Mapping[str, float] | None = None) -> Message:
+        """Return the trained mask as one frame."""
+        if self._optimizer is None:
+            raise RuntimeError("reply() before optimizer(): nothing was trained")
+        payload = self.method.finish(self._got, self._model, self._optimizer, self.turn)
+        frame = pack(
+            payload,
+            digest=self._digest,
+            round_=self.turn.round,
+            known=self.method.known(self._got, self.turn),
+            codecs=self.plan.codecs(self.method),
+        )
+        content = RecordDict({ARRAYS: frame_record(frame, self.method.numel)})
+        return self._answer(content, num_examples, metrics)
+
+    def report(self, num_examples: int, metrics: Mapping[str, float]) -> Message:
+        """Return metrics alone, after an evaluation."""
+        return self._answer(RecordDict(), num_examples, metrics)
+
+    def _answer(self, content: RecordDict, examples: int, metrics: Mapping[str, float] | None) -> Message:
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        content[METRICS] = MetricRecord({**values, "num-examples": int(examples), "client": self.turn.client})
+        return Message(content, reply_to=self._msg)
+
+
+def safely(handler: Handler) -> Handler:
+    """Always answer: an exception or a forgotten return becomes an error reply.
+
+    A handler that returns None would make its SuperNode wait for ever, through all later runs.
+    """
+
+    @wraps(handler)
+    def answer(msg: Message, context: Context) -> Message:
+        try:
+            reply = handler(msg, context)
+        except Exception as error:
+            log(ERROR, "%s failed", handler.__name__, exc_info=True)
+            return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=msg)
+        if not isinstance(reply, Message):
+            log(ERROR, "%s returned %s instead of a Message", handler.__name__, type(reply).__name__)
+            return Message(Error(RAISED, f"{handler.__name__} returned {type(reply).__name__}"), reply_to=msg)
+        return reply
+
+    return answer
+
+
+def identify(msg: Message, context: Context) -> Message:
+    """Answer a "query" message with the client's stable number."""
+    return Message(RecordDict({METRICS: MetricRecord({"client": client_number(context)})}), reply_to=msg)
+
+
+def client_number(context: Context) -> int:
+    """The device's own stable number: ``client-id`` or ``partition-id`` of its node config, else the node id."""
+    for key in ("client-id", "partition-id"):
+        if key in context.node_config:
+            return int(context.node_config[key])
+    return context.node_id
+
+
+def count_floats(model: nn.Module) -> int:
+    """Number of floats in the state dict."""
+    return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())

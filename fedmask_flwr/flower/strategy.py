@@ -1,0 +1,278 @@
+"""``MaskStrategy``: any method as an ordinary Flower strategy, with failures counted and rounds resumed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import nn
+
+from fedmask_flwr.checkpoint import CheckpointError
+from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
+from fedmask_flwr.methods import Turn, resolve
+from fedmask_flwr.track import RunDir
+from fedmask_flwr.wire import SideInfo, pack
+
+from .client import count_floats
+from .ledger import Ledger, read_updates, weighted_means
+from .records import AS_BUILT, Plan, frame_of, read_frame
+from .roster import Roster
+
+INFO, ERROR = 20, 40
+EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+
+
+class MaskStrategy(Strategy):
+    """Federate masks of ``model`` with a method of this package, or your own.
+
+    Parameters
+    ----------
+    method
+        "fedpm", "deltamask", "fedavg" or "package.module:Class".
+    model
+        The network; clients build the same. Its weights are set from ``weights`` on both ends.
+    weights
+        "seed:N" (default: the run's seed), "file:PATH#sha256=HEX", or "as-built": both ends make equal weights.
+    include, exclude
+        Patterns of parameter names to mask.
+    codec
+        Codec of the uplink bits; "auto" takes the smallest exact one.
+    fraction_train, fraction_evaluate
+        Share of nodes that train, and that evaluate, in a round.
+    min_nodes, node_timeout
+        Nodes to wait for, and how many seconds.
+    run_dir
+        Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
+    **settings
+        The method's own settings, such as ``kappa=0.5``.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, setting or pattern.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        model: nn.Module,
+        *,
+        weights: str | None = None,
+        include: tuple[str, ...] = ("*",),
+        exclude: tuple[str, ...] = (),
+        codec: str = "auto",
+        seed: int = 7,
+        fraction_train: float = 1.0,
+        fraction_evaluate: float = 0.0,
+        min_nodes: int = 2,
+        node_timeout: float = 600.0,
+        run_dir: RunDir | None = None,
+        **settings: Any,
+    ) -> None:
+        resolve(method).Config(**settings)
+        source = f"seed:{seed}" if weights is None else weights
+        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec)
+        if source != AS_BUILT:
+            initialise(model, source)
+        self.spec = MaskSpec.of(model, include, exclude)
+        self.method = self.plan.build(self.spec, count_floats(model), fraction_train)
+        self.digest = model_digest(self.spec, model)
+        self.roster = Roster(min_nodes=min_nodes, node_timeout=node_timeout, seed=seed)
+        self.fraction_train, self.fraction_evaluate = fraction_train, fraction_evaluate
+        self.run_dir = run_dir
+        self.state = self.method.init()
+        self.ledger = Ledger()
+        self._sent: list[Message] = []
+        self._frozen = frozen_weights(model, self.spec)
+
+    # What the state looks like from outside
+
+    def frame(self, server_round: int) -> bytes:
+        """The frame that clients of ``server_round`` receive."""
+        return self._pack(self.method.broadcast(self.state), server_round)
+
+    def result_frame(self, server_round: int) -> bytes:
+        """The final mask (or weights) as one frame that can be read without this strategy."""
+        payload = self.method.result(self.state)
+        return self._pack(payload, server_round, sizes=",".join(map(str, self.spec.sizes)))
+
+    def initial_arrays(self) -> ArrayRecord:
+        """Arrays to pass to ``start``; they are the strategy's own state."""
+        return self._arrays(0)
+
+    def load(self, model: nn.Module, arrays: ArrayRecord, mode: Mode = "threshold", sample: int = 0) -> nn.Module:
+        """Write the network that ``arrays`` describe into ``model``: "sampled", "threshold" or "expected".
+
+        ``model`` must be of the strategy's class; its weights are overwritten. Equal ``sample`` numbers draw
+        equal networks.
+        """
+        mode = mode if mode in self.method.modes else self.method.modes[0]
+        received = read_frame(frame_of(arrays), self.method, "down", digest=self.digest, round_=None)
+        if self.plan.weights != AS_BUILT:
+            initialise(model, self.plan.weights)
+        key = derive(self.plan.seed, "evaluate", received.frame.round_, "server", sample)
+        self.method.install(received.payload, model, self._frozen.to(next(model.parameters()).device), mode, key)
+        return model
+
+    # Flower's strategy
+
+    def summary(self) -> None:
+        """Log what travels."""
+        log(INFO, "\t├──> %s, %d of %d parameters", self.plan.method, self.method.numel, self.method.floats)
+        log(INFO, "\t└──> frozen weights %s, uplink codec %s", self.plan.weights, self.plan.codec)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """One message a sampled node, each with records of its own."""
+        nodes = self.roster.sample(grid, self.fraction_train, "train", server_round)
+        frame = self.frame(server_round)
+        self._sent = [self._message(node, "train", server_round, frame, config) for node in nodes]
+        self.ledger = Ledger()
+        self.ledger.send(self._sent, frame)
+        return self._sent
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Fold the readable replies into the state; unreadable ones are counted and logged."""
+        updates = read_updates(
+            list(replies),
+            self._sent,
+            method=self.method,
+            got=self.method.broadcast(self.state),
+            digest=self.digest,
+            turn=Turn(self.plan.seed, server_round, self.plan.rounds, 0),
+            ledger=self.ledger,
+        )
+        self.state = self.method.aggregate(self.state, updates)
+        metrics = MetricRecord({**weighted_means(self.ledger.metrics), **self.ledger.line(self.method.numel)})
+        return self._arrays(server_round), metrics
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> list[Message]:
+        """The new state to a sample of nodes; none by default, since it doubles the downlink."""
+        if self.fraction_evaluate == 0.0:
+            return []
+        nodes = self.roster.sample(grid, self.fraction_evaluate, "evaluate", server_round)
+        frame = self.frame(server_round)
+        messages = [self._message(node, "evaluate", server_round, frame, config) for node in nodes]
+        self.ledger.spend(messages, frame)
+        return messages
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Means over clients, weighted by examples; broken replies are left out."""
+        metrics = []
+        for reply in replies:
+            record = None if reply.has_error() else reply.content.metric_records.get("metrics")
+            examples = None if record is None else record.get("num-examples")
+            if record is None or not isinstance(examples, int) or examples < 1:
+                reason = reply.error.reason if reply.has_error() else "no metrics with num-examples"
+                log(ERROR, "evaluation of node %d dropped: %s", reply.metadata.src_node_id, reason)
+                continue
+            metrics.append((float(examples), {k: v for k, v in record.items() if isinstance(v, float)}))
+        return MetricRecord(dict(weighted_means(metrics))) if metrics else None
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: EvaluateFn | None = None,
+    ) -> Result:
+        """Run the rounds, as Flower's own strategies do, from the last checkpointed one.
+
+        Raises
+        ------
+        TimeoutError
+            When too few nodes come.
+        """
+        self.plan = Plan(**{**_fields(self.plan), "rounds": num_rounds})
+        first = self._resume() + 1
+        log(INFO, "Starting %s strategy at round %d of %d:", type(self).__name__, first, num_rounds)
+        self.summary()
+        result = Result()
+        result.arrays = arrays = self._arrays(first - 1)
+        train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
+        if evaluate_fn and first == 1 and (measured := evaluate_fn(0, arrays)) is not None:
+            result.evaluate_metrics_serverapp[0] = measured
+        for current in range(first, num_rounds + 1):
+            began = time.monotonic()
+            sent = self.configure_train(current, arrays, train_config, grid)
+            replies = grid.send_and_receive(sent, timeout=timeout)
+            aggregated, trained = self.aggregate_train(current, replies)
+            arrays = aggregated or arrays
+            result.arrays = arrays
+            line: dict[str, Any] = {"round": current} | dict(trained or {}) | {"round": current}
+            if trained is not None:
+                result.train_metrics_clientapp[current] = trained
+            if asked := self.configure_evaluate(current, arrays, evaluate_config, grid):
+                answered = self.aggregate_evaluate(current, grid.send_and_receive(asked, timeout=timeout))
+                line |= self.ledger.line(self.method.numel)
+                if answered is not None:
+                    result.evaluate_metrics_clientapp[current] = answered
+                    line |= {f"client_{name}": value for name, value in answered.items()}
+            if evaluate_fn and (measured := evaluate_fn(current, arrays)) is not None:
+                result.evaluate_metrics_serverapp[current] = measured
+                line |= dict(measured)
+            line["seconds"] = round(time.monotonic() - began, 3)
+            self._complete(line)
+        if self.run_dir is not None:
+            self.run_dir.finish(self.result_frame(num_rounds))
+        return result
+
+    # Inside
+
+    def _pack(self, payload: Any, server_round: int, **meta: str) -> bytes:
+        if meta:
+            payload = type(payload)(payload.bits, payload.counts, payload.dense, {**payload.meta, **meta})
+        codecs = self.method.codecs
+        known = SideInfo(self.spec.sizes)
+        return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=codecs)
+
+    def _arrays(self, server_round: int) -> ArrayRecord:
+        return self.plan.record(server_round, self.frame(server_round), self.method.numel).array_records["arrays"]
+
+    def _message(
+        self, node: int, kind: str, server_round: int, frame: bytes, config: Mapping[str, Any]
+    ) -> Message:
+        content = self.plan.record(server_round, frame, self.method.numel)
+        content.config_records["config"].update(config)
+        return Message(content, node, kind)
+
+    def _resume(self) -> int:
+        if self.run_dir is None:
+            return 0
+        found = self.run_dir.restore(self.method.State)
+        if found is None:
+            return 0
+        state, meta = found
+        if meta["digest"] != self.digest.hex():
+            raise CheckpointError("the checkpoint is of another model: use another folder, or --overwrite")
+        self.state = state
+        log(INFO, "resuming after round %d", meta["round"])
+        return int(meta["round"])
+
+    def _complete(self, line: dict[str, Any]) -> None:
+        shown = ("accuracy_threshold", "uplink_bpp", "downlink_bpp", "clients_ok", "clients_failed", "seconds")
+        log(INFO, "[round %d] %s", line["round"], ", ".join(f"{k} {line[k]:.4g}" for k in shown if k in line))
+        if self.run_dir is None:
+            return
+        try:
+            self.run_dir.record(line)
+            self.run_dir.save(self.state, {"round": line["round"], "digest": self.digest.hex()})
+        except OSError as error:  # a full disk must not cost the round that was just trained
+            log(ERROR, "round %d was not saved (%s): free the disk; training goes on", line["round"], error)
+
+
+def _fields(plan: Plan) -> dict[str, Any]:
+    return {name: getattr(plan, name) for name in plan.__slots__}

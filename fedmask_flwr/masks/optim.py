@@ -1,0 +1,334 @@
+"""Optimisers that train a mask: the model stays an ordinary network whose weights are w*m.
+
+The straight-through gradient needs nothing from autograd but G = dL/d(w*m), which every dense
+backward pass leaves in ``p.grad``: dL/ds = G*w*theta*(1-theta). So the forward and backward pass are
+plain PyTorch, and one elementwise step turns G into a score update and draws the next mask.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from math import isfinite, log
+from typing import Any, Literal, final, get_args, overload
+
+import torch
+from torch import Tensor, nn
+
+from .apply import frozen_weights
+from .backbone import freeze
+from .kernels import adam_, probabilities, sample_, score_gradient_, sgd_, slices
+from .keyed import CHUNK, Key, derive
+from .spec import MaskSpec
+
+Ste = Literal["identity", "p"]
+
+
+class MaskOptimizer(torch.optim.Optimizer, ABC):
+    """Trains scores s of a mask over the frozen weights of `model`; theta = sigmoid(s).
+
+    Construction takes the frozen w from the model's present weights, freezes all other parameters
+    (`freeze`), draws the first mask and writes w*m into the model. From then on, train as usual.
+
+    Parameters
+    ----------
+    model
+        Any module. Its parameter objects are kept, so compiled models and AMP work unchanged.
+    spec
+        What is masked; default ``MaskSpec.of(model)``.
+    lr
+        Step size on the scores; they must travel about +-4, so it is larger than for weights.
+    theta
+        Initial probabilities, one number or (d,).
+    key
+        Names the random streams: step t draws its mask under ``derive(*key, "step", t)``. Give
+        ``derive(seed, "train", round, client)``. An int n stands for ``derive(n)``.
+    ste
+        ``"identity"``: dL/ds = G*w*theta*(1-theta). ``"p"``: times theta again, as FedPM's code does.
+    clip
+        theta stays in [clip, 1-clip], so that no score becomes infinite and no gradient dies.
+    sparsity
+        lambda >= 0 of a penalty lambda * mean(theta) added to the loss.
+    frozen
+        w (spec.weights,), for a model whose weights already carry a mask.
+
+    Raises
+    ------
+    ValueError
+        A setting is out of range, or the model does not fit the spec.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: MaskSpec | None = None,
+        *,
+        lr: float = 0.1,
+        theta: float | Tensor = 0.5,
+        key: Key | int = 0,
+        ste: Ste = "identity",
+        clip: float = 1e-4,
+        sparsity: float = 0.0,
+        frozen: Tensor | None = None,
+        **defaults: Any,
+    ) -> None:
+        spec = MaskSpec.of(model) if spec is None else spec
+        if ste not in get_args(Ste):
+            raise ValueError(f"ste must be 'identity' or 'p', not {ste!r}")
+        if not 1e-7 <= clip < 0.5:
+            raise ValueError(f"clip must lie in [1e-7, 0.5), got {clip}")
+        if not (isfinite(lr) and lr >= 0 and isfinite(sparsity) and sparsity >= 0):
+            raise ValueError(f"lr and sparsity must be finite and not negative, got {lr} and {sparsity}")
+        params = spec.params(model)
+        current = frozen_weights(model, spec)
+        if frozen is not None:
+            if frozen.shape != current.shape:
+                raise ValueError(f"frozen must hold {spec.weights} weights, got shape {tuple(frozen.shape)}")
+            current = current.copy_(frozen)
+        freeze(model, spec)
+        super().__init__([{"params": params, "lr": lr}], {"lr": lr, **defaults})
+        self._spec, self._frozen, self._params = spec, current, params
+        self._key = derive(key) if isinstance(key, int) else key
+        self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, log((1 - clip) / clip)
+        self._updates = 0
+        d, device = spec.numel, current.device
+        self._scores = torch.empty(d, device=device)
+        self._moments = {name: torch.zeros(d, device=device) for name in self._moment_names()}
+        # Gradient on the way in, mask values on the way out; G*w is dead once the scores are updated.
+        self._work = torch.empty(d, device=device)
+        n = min(d, CHUNK) if device.type == "cpu" else d
+        self._scratch = torch.empty(n, device=device)
+        self._layers = list(
+            zip(
+                spec.names,
+                params,
+                spec.split_weights(current).values(),
+                spec.split(self._work).values(),
+                strict=True,
+            )
+        )
+        self.set_theta(theta)
+
+    @property
+    def spec(self) -> MaskSpec:
+        """What is masked."""
+        return self._spec
+
+    @property
+    def frozen(self) -> Tensor:
+        """The frozen weights w, (spec.weights,) float32; not a copy."""
+        return self._frozen
+
+    @property
+    def scores(self) -> Tensor:
+        """The scores s, (d,) float32; not a copy."""
+        return self._scores
+
+    @property
+    def updates(self) -> int:
+        """Number of updates so far; also the number of the step whose mask is in the model."""
+        return self._updates
+
+    def theta(self) -> Tensor:
+        """Keep-probabilities sigmoid(s): (d,) float32."""
+        return probabilities(self._scores)
+
+    @torch.no_grad()
+    def mask(self) -> Tensor:
+        """Draw the mask that is in the model now again, from its key: (d,) bool."""
+        out = torch.empty_like(self._scores)
+        sample_(self._scores, self._step_key(), out)
+        return out.bool()
+
+    @torch.no_grad()
+    def set_theta(self, theta: float | Tensor) -> None:
+        """Set the probabilities (one number or (d,)) and write a mask drawn from them.
+
+        Raises
+        ------
+        ValueError
+            The wrong number of probabilities, or one outside [0, 1].
+        """
+        p = torch.as_tensor(theta, dtype=torch.float64, device=self._scores.device)
+        if p.shape not in ((), self._scores.shape):
+            raise ValueError(f"theta must be a number or {self._spec.numel} of them, got {tuple(p.shape)}")
+        if not bool(((p >= 0) & (p <= 1)).all()):
+            raise ValueError("theta must lie in [0, 1]")
+        self._scores.copy_(torch.logit(p).clamp_(-self._bound, self._bound).expand(self._scores.shape))
+        self._write_mask()
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the frozen w back into the model, unmasked."""
+        for _, p, w, _ in self._layers:
+            p.copy_(w)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse a second group: one mask is one vector with one step size."""
+        if self.param_groups:
+            raise ValueError(
+                "a mask optimiser has one group; train other parameters with an optimiser of their own"
+            )
+        super().add_param_group(param_group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update the scores from the gradients in the model and write the next mask.
+
+        A parameter without a gradient counts as one with gradient zero.
+
+        Raises
+        ------
+        ValueError
+            A gradient is NaN or infinite; the message names the layer. Nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._gather()
+        self._updates += 1
+        group = self.param_groups[0]
+        for part in slices(self._spec.numel, self._scores.device):
+            s, g = self._scores[part], self._work[part]
+            scratch = self._scratch[: len(s)]
+            score_gradient_(g, s, scratch, power=self._ste == "p", penalty=self._penalty)
+            self._update(s, g, {k: m[part] for k, m in self._moments.items()}, scratch, group)
+            s.clamp_(-self._bound, self._bound)
+        self._write_mask()
+        return loss
+
+    def _gather(self) -> None:
+        """Put dL/dm = G*w of every layer into the work vector, summed over a filter's weights."""
+        for _, p, w, g in self._layers:
+            if p.grad is None:
+                g.zero_()
+                continue
+            grad = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
+            if g.shape == w.shape:
+                torch.mul(grad, w, out=g)
+            else:
+                g.copy_((grad * w).sum(tuple(range(1, w.ndim)), keepdim=True))
+        # One cheap pass finds trouble, a second one says where it is.
+        if not isfinite(self._work.sum().item()):
+            for name, *_, g in self._layers:
+                if not bool(torch.isfinite(g).all()):
+                    raise ValueError(
+                        f"the gradient of {name!r} holds NaN or infinity: lower the step size or the loss "
+                        "scale, clip the gradients, or check the data"
+                    )
+
+    def _step_key(self) -> Key:
+        return derive(*self._key, "step", self._updates)
+
+    def _write_mask(self) -> None:
+        sample_(self._scores, self._step_key(), self._work)
+        for _, p, w, m in self._layers:
+            torch.mul(w, m, out=p)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Scores, moments, step count, key and settings; copies. The frozen weights are not in it."""
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
+        return {
+            "spec": self._spec.digest,
+            "key": tuple(self._key),
+            "step": self._updates,
+            "scores": self._scores.clone(),
+            "moments": {name: m.clone() for name, m in self._moments.items()},
+            "param_groups": groups,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up where `state_dict` was made, bit for bit, and write that step's mask.
+
+        Raises
+        ------
+        ValueError
+            It belongs to another mask or to another kind of optimiser.
+        """
+        if state_dict["spec"] != self._spec.digest:
+            raise ValueError("the optimiser state belongs to another mask: build the same model and MaskSpec")
+        if set(state_dict["moments"]) != set(self._moments):
+            raise ValueError("the optimiser state belongs to another kind of optimiser or momentum setting")
+        self._key, self._updates = Key(*state_dict["key"]), int(state_dict["step"])
+        self._scores.copy_(state_dict["scores"])
+        for name, m in self._moments.items():
+            m.copy_(state_dict["moments"][name])
+        self.param_groups[0].update(state_dict["param_groups"][0])
+        self._write_mask()
+
+    @abstractmethod
+    def _moment_names(self) -> tuple[str, ...]:
+        """Names of the vectors (d,) that the update carries from step to step."""
+
+    @abstractmethod
+    def _update(
+        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
+    ) -> None:
+        """Update one slice of scores in place from the gradient dL/ds in `g`."""
+
+
+@final
+class MaskAdam(MaskOptimizer):
+    """Adam on the scores; see `MaskOptimizer` for the other parameters.
+
+    Raises
+    ------
+    ValueError
+        `betas` outside [0, 1) or `eps` not positive.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        spec: MaskSpec | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        **settings: Any,
+    ) -> None:
+        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
+            raise ValueError(f"betas must lie in [0, 1) and eps must be positive, got {betas} and {eps}")
+        super().__init__(model, spec, betas=betas, eps=eps, **settings)
+
+    def _moment_names(self) -> tuple[str, ...]:
+        return ("m", "v")
+
+    def _update(
+        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
+    ) -> None:
+        lr, betas, eps = float(group["lr"]), group["betas"], group["eps"]
+        adam_(s, g, moments["m"], moments["v"], scratch, lr=lr, betas=betas, eps=eps, step=self._updates)
+
+
+@final
+class MaskSGD(MaskOptimizer):
+    """SGD on the scores, with momentum if asked; see `MaskOptimizer` for the other parameters.
+
+    Raises
+    ------
+    ValueError
+        `momentum` outside [0, 1).
+    """
+
+    def __init__(
+        self, model: nn.Module, spec: MaskSpec | None = None, *, momentum: float = 0.0, **settings: Any
+    ) -> None:
+        if not 0 <= momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
+        self._momentum = momentum
+        super().__init__(model, spec, momentum=momentum, **settings)
+
+    def _moment_names(self) -> tuple[str, ...]:
+        return ("velocity",) if self._momentum else ()
+
+    def _update(
+        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
+    ) -> None:
+        del scratch
+        sgd_(s, g, moments.get("velocity"), lr=float(group["lr"]), momentum=group["momentum"])

@@ -1,0 +1,150 @@
+"""Split one data set among simulated clients, with Flower Datasets' partitioners, offline."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmask_flwr.data import DataError, keyed_rng
+
+__all__ = ["SCHEMES", "partition"]
+
+Scheme = Literal["iid", "dirichlet", "classes"]
+SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "classes")
+
+# Each of these is ten draws inside DirichletPartitioner.
+_DIRICHLET_SEEDS = 5
+
+
+def partition(
+    labels: NDArray[np.int64],
+    num_partitions: int,
+    scheme: Scheme,
+    *,
+    alpha: float = 0.5,
+    classes_per_client: int = 2,
+    seed: int,
+) -> list[NDArray[np.int64]]:
+    """Split rows among clients; the result depends on the arguments alone and is cached.
+
+    Parameters
+    ----------
+    labels : int64 array, shape (n,)
+    num_partitions : int
+    scheme : "iid" | "dirichlet" | "classes"
+        ``iid`` deals shuffled rows out evenly. ``dirichlet`` draws each class's shares from
+        Dirichlet(`alpha`); no client is empty. ``classes`` gives each client exactly `classes_per_client`
+        classes, and drops the rows of a class that no client was given (few clients, few classes each).
+    alpha : float
+        Concentration; small is uneven.
+    classes_per_client : int
+    seed : int
+
+    Returns
+    -------
+    list of int64 arrays
+        One array of row numbers a client: disjoint, never empty, read-only.
+
+    Raises
+    ------
+    DataError
+        The split is impossible; the message says which argument to change.
+    """
+    labels = np.ascontiguousarray(labels, np.int64)
+    if num_partitions < 1:
+        raise DataError(f"{num_partitions} partitions asked for; use 1 or more")
+    if num_partitions > len(labels):
+        raise DataError(f"{num_partitions} partitions of {len(labels)} rows; use fewer clients or more data")
+    if scheme not in SCHEMES:
+        raise DataError(f"unknown partition scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
+    if scheme == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
+        raise DataError(f"alpha is {alpha}; use a number above 0")
+    if scheme == "classes" and not 1 <= classes_per_client <= (most := len(np.unique(labels))):
+        raise DataError(
+            f"classes-per-client is {classes_per_client}; use 1 to {most}, the classes of this data"
+        )
+    # Arguments that a scheme does not use must not split the cache.
+    a = float(alpha) if scheme == "dirichlet" else 0.0
+    c = int(classes_per_client) if scheme == "classes" else 0
+    return list(_partition(labels.tobytes(), int(num_partitions), scheme, a, c, seed=int(seed)))
+
+
+@lru_cache(maxsize=8)
+def _partition(
+    raw: bytes, num_partitions: int, scheme: Scheme, alpha: float, classes: int, *, seed: int
+) -> tuple[NDArray[np.int64], ...]:
+    labels = np.frombuffer(raw, np.int64)
+    # IidPartitioner cuts contiguous shards and the other two deal a class's rows in file order.
+    order = keyed_rng("partition", seed).permutation(len(labels)).astype(np.int64)
+    tries = _DIRICHLET_SEEDS if scheme == "dirichlet" else 1
+    reason: Exception | None = None
+    for k in range(tries):
+        try:
+            parts = _flower(labels[order], num_partitions, scheme, alpha, classes, seed=_sub_seed(seed, k))
+        except ValueError as error:
+            reason = error
+            continue
+        rows = tuple(order[p] for p in parts)
+        if all(len(r) for r in rows):
+            for r in rows:
+                r.flags.writeable = False
+            return rows
+    fix = (
+        "raise alpha or use fewer clients"
+        if scheme == "dirichlet"
+        else "use fewer clients or fewer classes each"
+    )
+    raise DataError(
+        f"cannot split {len(labels)} rows by {scheme!r} among {num_partitions} clients, none empty; {fix}"
+    ) from reason
+
+
+def _sub_seed(seed: int, k: int) -> int:
+    return int(keyed_rng("partitioner", seed, k).integers(1 << 32))
+
+
+def _flower(
+    labels: NDArray[np.int64], num_partitions: int, scheme: Scheme, alpha: float, classes: int, *, seed: int
+) -> list[NDArray[np.int64]]:
+    datasets, partitioners = _imports()
+    with warnings.catch_warnings():
+        # Redraws and unused classes are warned about; both are checked by the caller.
+        warnings.simplefilter("ignore")
+        if scheme == "iid":
+            p = partitioners.IidPartitioner(num_partitions=num_partitions)
+        elif scheme == "dirichlet":
+            p = partitioners.DirichletPartitioner(
+                num_partitions, "label", alpha, min_partition_size=1, self_balancing=True, seed=seed
+            )
+        else:
+            # The mode of Li et al. (arXiv:2102.02079): with enough clients every class has an owner.
+            p = partitioners.PathologicalPartitioner(
+                num_partitions, "label", classes, class_assignment_mode="first-deterministic", seed=seed
+            )
+        p.dataset = datasets.Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
+        parts = [p.load_partition(i).with_format("numpy") for i in range(num_partitions)]
+        return [
+            np.asarray(part["row"][:], np.int64) if len(part) else np.empty(0, np.int64) for part in parts
+        ]
+
+
+def _imports() -> tuple[Any, Any]:
+    # Read when huggingface_hub is imported: an in-memory table needs no hub.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import datasets  # noqa: PLC0415 - about a second
+            from flwr_datasets import partitioner  # noqa: PLC0415
+    except ImportError as error:
+        raise DataError(
+            "splitting one data set among clients needs: pip install 'fedmask-flwr[sim]'"
+        ) from error
+    datasets.disable_progress_bars()
+    return datasets, partitioner

@@ -1,0 +1,69 @@
+"""Gather what the Flower App Bundle is built from, out of a checkout or out of an installed wheel."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = ["Scalar", "StageError", "app_root", "defaults", "stage", "toml_lines"]
+
+Scalar = str | int | float | bool
+
+_PACKAGE = Path(__file__).resolve().parent
+
+
+class StageError(RuntimeError):
+    """The app's files are not where the package was installed from."""
+
+
+def stage(app: Path, root: Path | None = None) -> None:
+    """Copy what the Flower App Bundle is built from into the new folder `app`, and nothing else."""
+    source = root or app_root()
+    app.mkdir(parents=True)
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copyfile(source / name, app / name)
+    packages = {
+        "server_app": source / "server_app",
+        "client_app": source / "client_app",
+        "fedmask_flwr": _PACKAGE,
+    }
+    for name, folder in packages.items():
+        for path in sorted(folder.rglob("*.py")):
+            inner = path.relative_to(folder)
+            if inner.parts[0] in ("_app", "__pycache__"):
+                continue
+            (app / name / inner).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, app / name / inner)
+
+
+def app_root() -> Path:
+    """Find the folder of the app's pyproject.toml: the checkout, or the copy inside an installed wheel."""
+    checkout = _PACKAGE.parent / "pyproject.toml"
+    if checkout.is_file() and re.search(
+        r'^name = "fedmask-flwr"$', checkout.read_text("utf-8"), re.MULTILINE
+    ):
+        return checkout.parent
+    if (_PACKAGE / "_app" / "pyproject.toml").is_file():
+        return _PACKAGE / "_app"
+    raise StageError(f"{_PACKAGE} holds no _app folder; reinstall fedmask-flwr from a wheel or a checkout")
+
+
+def defaults(root: Path | None = None) -> dict[str, Scalar]:
+    """Read the app's run config: every key there is, with its default."""
+    text = ((root or app_root()) / "pyproject.toml").read_text("utf-8")
+    return dict(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+
+
+def toml_lines(config: Mapping[str, Scalar]) -> str:
+    """Write flat scalars as TOML."""
+
+    def value(v: Scalar) -> str:
+        if isinstance(v, str):
+            return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return str(v).lower() if isinstance(v, bool) else repr(v)
+
+    return "".join(f"{json.dumps(k)} = {value(v)}\n" for k, v in config.items())

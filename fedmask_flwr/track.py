@@ -1,0 +1,109 @@
+"""A run's folder: who may write it, what it was told, what happened round by round, where it can resume."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .checkpoint import load_state, save_state, write_atomic
+
+S = TypeVar("S")
+
+CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
+MASK, CURVE, LOCK = "mask.fedmask", "curve.png", ".lock"
+WHERE_NOT_WHAT = frozenset({"out", "data-dir", "node-timeout", "round-timeout", "threads", "device"})
+
+
+class RunDirError(RuntimeError):
+    """The folder belongs to another run; the message names the fix."""
+
+
+class RunDir:
+    """The folder of one run, held exclusively by one server process.
+
+    Parameters
+    ----------
+    path
+        The folder; made when missing.
+    config
+        The flat run config. A folder that was begun with another one is refused, except for settings that say
+        where a run happens rather than what it computes.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self.path = path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = (path / LOCK).open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunDirError(f"another process is writing {path}: wait for it, or use another folder") from error
+        self._pending = ""
+        told = json.loads(json.dumps(dict(config)))
+        written = path / CONFIG
+        if written.exists():
+            _same_run(path, json.loads(written.read_text()), told)
+        write_atomic(written, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._lock.close()
+
+    def restore(self, cls: type[S]) -> tuple[S, dict[str, Any]] | None:
+        """State and meta (with "round") of the last complete round, or None; later metrics lines are dropped."""
+        path = self.path / CHECKPOINT
+        found = load_state(path, cls) if path.exists() else None
+        last = int(found[1]["round"]) if found else 0
+        lines = [line for line in self.metrics() if line["round"] <= last]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        write_atomic(self.path / METRICS, text.encode())
+        return found
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every complete line of the metrics file; a line cut off by a crash is left out."""
+        path = self.path / METRICS
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Append one round to the metrics file.
+
+        Raises
+        ------
+        OSError
+            When the disk refuses; the line is kept and written with the next one.
+        """
+        self._pending += json.dumps(dict(line)) + "\n"
+        with (self.path / METRICS).open("a") as file:
+            end = file.tell()
+            try:
+                file.write(self._pending)
+                file.flush()
+            except OSError:
+                file.truncate(end)
+                raise
+        self._pending = ""
+
+    def save(self, state: Any, meta: Mapping[str, Any]) -> None:
+        """Checkpoint the state after a complete round."""
+        save_state(self.path / CHECKPOINT, state, meta)
+
+    def finish(self, frame: bytes) -> None:
+        """Write the final mask and the curve of accuracy against bytes."""
+        write_atomic(self.path / MASK, frame)
+        from .show import plot_curve
+
+        plot_curve(self.metrics(), self.path / CURVE)
+
+
+def _same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:
+    keys = sorted((set(written) | set(told)) - WHERE_NOT_WHAT)
+    other = [f"{k}: {written.get(k)!r} then, {told.get(k)!r} now" for k in keys if written.get(k) != told.get(k)]
+    if other:
+        raise RunDirError(
+            f"{path} holds a run with other settings ({'; '.join(other)}): use another folder, or --overwrite"
+        )

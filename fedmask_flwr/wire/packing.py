@@ -1,0 +1,200 @@
+"""Payload to frame bytes and back: the two calls the rest of the package makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .auto import choose
+from .base import BitCodec, Codec, CountCodec, DenseCodec
+from .bits import Bits
+from .envelope import NONE, unwrap, wrap
+from .errors import FilterBuildError, WireError
+from .frame import Field, Frame
+from .packed import PackedCodec
+from .payload import Counts, Dense, Payload
+from .registry import AUTO, codec, codec_names, codec_of_byte
+from .rice import RiceCodec
+from .sideinfo import SideInfo
+
+DEFAULT_CODECS: Mapping[str, str] = {"bits": AUTO, "counts": "counts", "dense": "float32"}
+"""Codec name of each kind where the caller names none."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Received:
+    """A decoded frame: its payload, the codec each field came in, and its length in bytes."""
+
+    payload: Payload
+    codecs: Mapping[str, Codec]
+    nbytes: int
+    frame: Frame
+
+
+def pack(
+    payload: Payload,
+    *,
+    digest: bytes,
+    round_: int,
+    known: SideInfo | None,
+    codecs: Mapping[str, str] = DEFAULT_CODECS,
+) -> bytes:
+    """Code a payload into one frame.
+
+    Parameters
+    ----------
+    payload
+        What to send.
+    digest
+        8 bytes that name the model (``MaskSpec.digest``).
+    round_
+        Round number, 0..2**32-1.
+    known
+        Layer sizes and reference mask; needed for bit fields, used for counts of the same length.
+    codecs
+        Codec name by kind ("bits", "counts", "dense").
+
+    Raises
+    ------
+    ValueError
+        A field, name or codec that cannot be coded; the text says what to change.
+    """
+    names = {**DEFAULT_CODECS, **codecs}
+    for kind, name in names.items():
+        if kind not in DEFAULT_CODECS or name not in codec_names(kind):
+            raise ValueError(
+                f"codec {name!r} does not code {kind!r}; use one of {', '.join(codec_names(kind))}"
+            )
+    if payload.bits and known is None:
+        raise ValueError("bit fields need known=SideInfo(sizes of the layers)")
+    fields = [
+        *(_pack_bits(name, value, known, names["bits"]) for name, value in payload.bits.items() if known),
+        *(_pack_counts(name, value, known, names["counts"]) for name, value in payload.counts.items()),
+        *(_pack_dense(name, value, names["dense"]) for name, value in payload.dense.items()),
+    ]
+    return Frame(digest, round_, tuple(fields), payload.meta).to_bytes()
+
+
+def _pack_bits(name: str, bits: Bits, known: SideInfo, codec_name: str) -> Field:
+    coder: Codec
+    coder, envelope = (choose(bits, known), NONE) if codec_name == AUTO else codec(codec_name)
+    try:
+        body = _bit_codec(coder).encode(bits, known)
+    except FilterBuildError:
+        coder, envelope = RiceCodec(), NONE
+        body = coder.encode(bits, known)
+    plain = PackedCodec()
+    if codec_name == AUTO and len(body) > plain.max_body(
+        known.numel, 0
+    ):  # the promise: never above 1 bit each
+        coder, body = plain, plain.encode(bits, known)
+    return Field(name, coder.id | envelope << 6, known.numel, wrap(body, envelope))
+
+
+def _pack_counts(name: str, counts: Counts, known: SideInfo | None, codec_name: str) -> Field:
+    coder, envelope = codec(codec_name)
+    if not isinstance(coder, CountCodec):  # pragma: no cover - the caller has checked
+        raise TypeError(coder.name)
+    numel = counts.values.size
+    body = coder.encode(counts, _layers(known, numel))
+    return Field(name, coder.id | envelope << 6, numel, wrap(body, envelope))
+
+
+def _pack_dense(name: str, values: Dense, codec_name: str) -> Field:
+    coder, envelope = codec(codec_name)
+    if not isinstance(coder, DenseCodec):  # pragma: no cover - the caller has checked
+        raise TypeError(coder.name)
+    return Field(name, coder.id | envelope << 6, values.size, wrap(coder.encode(values), envelope))
+
+
+def _bit_codec(coder: Codec) -> BitCodec:
+    if not isinstance(coder, BitCodec):  # pragma: no cover - the caller has checked
+        raise TypeError(coder.name)
+    return coder
+
+
+def _layers(known: SideInfo | None, numel: int) -> SideInfo:
+    return known if known is not None and known.numel == numel else SideInfo((numel,))
+
+
+def unpack(
+    data: bytes | memoryview,
+    *,
+    digest: bytes | None,
+    round_: int | None,
+    known: SideInfo | None,
+    expect: Mapping[str, int],
+    require: Mapping[str, str] | None = None,
+) -> Received:
+    """Check and decode a frame from an untrusted peer.
+
+    Parameters
+    ----------
+    data
+        The frame.
+    digest, round_
+        What the frame must carry; None accepts any.
+    known
+        The sender's layer sizes and reference; None: one layer, no reference.
+    expect
+        Allowed field names and their number of elements.
+    require
+        Fields that must be present, and their kind ("bits", "counts" or "dense").
+
+    Raises
+    ------
+    WireError
+        Anything else than a valid frame of this model, round and these fields.
+    """
+    frame = Frame.parse(data)
+    coders = _check_heads(frame, digest, round_, expect, require or {})
+    bits: dict[str, Bits] = {}
+    counts: dict[str, Counts] = {}
+    dense: dict[str, Dense] = {}
+    for f in frame.fields:
+        coder, envelope = codec_of_byte(f.codec)
+        layers = _layers(known, f.numel)
+        body = unwrap(f.body, envelope, coder.max_body(f.numel, len(layers.sizes)))
+        if isinstance(coder, BitCodec):
+            if known is not None and known.numel != f.numel:
+                raise WireError(
+                    f"bit field {f.name!r} has {f.numel} bits, the layers known here {known.numel}"
+                )
+            bits[f.name] = coder.decode(body, layers)
+        elif isinstance(coder, CountCodec):
+            counts[f.name] = coder.decode(body, layers)
+        elif isinstance(coder, DenseCodec):
+            dense[f.name] = coder.decode(body, f.numel)
+    return Received(Payload(bits, counts, dense, frame.meta), coders, len(data), frame)
+
+
+def _check_heads(
+    frame: Frame,
+    digest: bytes | None,
+    round_: int | None,
+    expect: Mapping[str, int],
+    require: Mapping[str, str],
+) -> Mapping[str, Codec]:
+    # all headers are checked before any body is decoded
+    if digest is not None and frame.digest != digest:
+        raise WireError(
+            f"frame is for another model: digest {frame.digest.hex()}, expected {digest.hex()}; check that "
+            "client and server use the same model, include/exclude patterns and weights source"
+        )
+    if round_ is not None and frame.round_ != round_:
+        raise WireError(
+            f"frame is of round {frame.round_}, expected round {round_}; a late or replayed message"
+        )
+    coders: dict[str, Codec] = {}
+    for f in frame.fields:
+        if f.name not in expect:
+            raise WireError(f"unexpected field {f.name!r}; expected only {', '.join(expect) or 'none'}")
+        if f.numel != expect[f.name]:
+            raise WireError(f"field {f.name!r} has {f.numel} elements, expected {expect[f.name]}")
+        coders[f.name] = codec_of_byte(f.codec)[0]
+    for name, kind in require.items():
+        if name not in coders:
+            raise WireError(f"field {name!r} is missing; the frame has {', '.join(coders) or 'none'}")
+        if coders[name].kind != kind:
+            raise WireError(f"field {name!r} came as {coders[name].kind}, expected {kind}")
+    return coders

@@ -1,0 +1,132 @@
+"""Multi-lane static rANS in plain numpy: the same bytes on every machine.
+
+J. Duda 2013 (arXiv 1311.2540): 32-bit states, 16-bit renormalisation, frequencies that sum to 2^16.
+Symbol i belongs to lane i % lanes; all lanes take one step together, so a step is a few array operations.
+Stream: varint lanes, one u32 state a lane, then the u16 words in the order in which the decoder reads them.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Body
+from .errors import WireError
+from .varint import get_varint, put_varint
+
+TOTAL = 1 << 16
+"""Sum of every frequency table."""
+_MAX_LANES = 4096
+_MAX_STEPS = 1 << 14  # bounds the time of a decode: a step costs microseconds however few lanes there are
+_LANE_BYTES = 600  # payload a lane, so that its 4-byte state stays near 0.5 %
+
+Tables = NDArray[np.uint32]
+"""Shape (contexts, symbols): frequencies of each context, every row sums to TOTAL."""
+
+
+def lane_count(n: int, size: float) -> int:
+    """Lanes for `n` symbols that take about `size` bytes."""
+    return max(1, min(_MAX_LANES, n, max(int(size) // _LANE_BYTES, _fewest_lanes(n))))
+
+
+def _fewest_lanes(n: int) -> int:
+    return min(_MAX_LANES, -(-n // _MAX_STEPS))
+
+
+def _check_tables(tables: Tables) -> None:
+    if tables.shape[1] > TOTAL or not (tables.sum(axis=1, dtype=np.uint64) == TOTAL).all():
+        raise ValueError(f"each frequency table must sum to {TOTAL}")
+
+
+def encode(
+    symbols: NDArray[np.unsignedinteger], contexts: NDArray[np.unsignedinteger] | None, tables: Tables
+) -> bytes:
+    """Code `symbols` of shape (n,), each by the row of `tables` that `contexts` of shape (n,) names.
+
+    `contexts` None means row 0 throughout. A symbol of frequency 0 is a ValueError.
+    """
+    _check_tables(tables)
+    n, index = symbols.size, symbols.astype(np.intp)
+    if contexts is not None:
+        index += contexts.astype(np.intp) * tables.shape[1]
+    freqs = tables.reshape(-1)
+    used = np.bincount(index, minlength=freqs.size)
+    live = used > 0
+    if not freqs[live].all():
+        raise ValueError("a symbol to be coded has frequency 0")
+    size = float((used[live] * (16 - np.log2(freqs[live]))).sum()) / 8
+    lanes = lane_count(n, round(size, 3))  # rounded: the last place of log2 differs between machines
+    freq_of = freqs[index]
+    cum_of = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)[index]
+    state = np.full(lanes, TOTAL, np.uint32)
+    words: list[NDArray[np.uint16]] = []
+    for row in range((n - 1) // lanes * lanes, -1, -lanes):
+        freq, cum = freq_of[row : row + lanes], cum_of[row : row + lanes]
+        x = state[: freq.size]
+        full = np.flatnonzero((x >> 16) >= freq)
+        if full.size:
+            spill = x[full]
+            words.append(spill.astype(np.uint16))  # the low half
+            x[full] = spill >> 16
+        # (x // f << 16) + x % f + cum, modulo 2^32
+        x += (x // freq) * (TOTAL - freq) + cum
+    stream = np.concatenate(words[::-1]) if words else np.empty(0, np.uint16)
+    return put_varint(lanes) + state.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
+
+
+def decode(
+    body: Body, at: int, n: int, contexts: NDArray[np.unsignedinteger] | None, tables: Tables
+) -> NDArray[np.uint16]:
+    """Read n symbols from `body`, offset `at` to its end; shape (n,).
+
+    Raises
+    ------
+    WireError
+        Wrong lane count, truncated or left-over words, or lanes that do not end in the initial state.
+    """
+    lanes, at = get_varint(body, at, _MAX_LANES)
+    if not max(1, _fewest_lanes(n)) <= lanes <= max(1, n):
+        raise WireError(f"{lanes} rANS lanes do not fit {n} symbols")
+    left = len(body) - at - 4 * lanes
+    if left < 0 or left & 1:
+        raise WireError("rANS body is truncated")
+    state = np.frombuffer(body, "<u4", lanes, at).astype(np.uint32)
+    words = np.frombuffer(body, "<u2", left // 2, at + 4 * lanes)
+    if (state < TOTAL).any():
+        raise WireError("a rANS state is out of range")
+    _check_tables(tables)
+    step_of, symbol_of = _slot_tables(tables)
+    slots = np.empty(n, np.uint16)
+    read = 0
+    for row in range(0, n, lanes):
+        slot = slots[row : row + lanes]
+        x = state[: slot.size]
+        slot[:] = x & 0xFFFF
+        if contexts is None:
+            step = step_of[slot]
+        else:
+            step = step_of[slot + (contexts[row : row + lanes].astype(np.intp) << 16)]
+        x >>= 16
+        x *= (step >> 16) + 1
+        x += step & 0xFFFF
+        low = np.flatnonzero(x < TOTAL)
+        if low.size:
+            more = words[read : read + low.size]
+            if more.size < low.size:
+                raise WireError("rANS body is truncated")
+            x[low] = (x[low] << 16) | more
+            read += low.size
+    if read != words.size or (state != TOTAL).any():
+        raise WireError("rANS body does not end where its symbols end")
+    return symbol_of[slots] if contexts is None else symbol_of[slots + (contexts.astype(np.intp) << 16)]
+
+
+def _slot_tables(tables: Tables) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
+    """By slot of each context: (frequency - 1) << 16 | place within the symbol, and the symbol."""
+    steps, symbols = [], []
+    ramp = np.arange(TOTAL, dtype=np.uint32)
+    for freqs in tables:
+        symbols.append(np.repeat(np.arange(freqs.size, dtype=np.uint16), freqs))
+        cum = np.cumsum(freqs, dtype=np.uint32) - freqs
+        steps.append((np.repeat(freqs - 1, freqs) << 16) | (ramp - np.repeat(cum, freqs)))
+    return np.concatenate(steps), np.concatenate(symbols)

@@ -1,0 +1,39 @@
+"""What sender and receiver both know before a message is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .bits import Bits, check_bits
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SideInfo:
+    """Layer sizes in bits, in order, and the packed mask both ends hold (None means all zeros)."""
+
+    sizes: tuple[int, ...]
+    reference: Bits | None = None
+
+    def __post_init__(self) -> None:
+        if any(size < 0 for size in self.sizes):
+            raise ValueError(f"layer sizes must not be negative, got {self.sizes}")
+        if self.reference is not None:
+            check_bits(self.reference, self.numel)
+
+    @property
+    def numel(self) -> int:
+        """Number of bits d."""
+        return sum(self.sizes)
+
+    def delta(self, bits: Bits) -> Bits:
+        """Return ``bits XOR reference``; a copy only where there is a reference, its own inverse.
+
+        Raises
+        ------
+        ValueError
+            `bits` is not a packed vector of `numel` bits.
+        """
+        check_bits(bits, self.numel)
+        return bits if self.reference is None else np.bitwise_xor(bits, self.reference)

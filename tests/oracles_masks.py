@@ -1,0 +1,46 @@
+"""Slow, readable twins of fedmask_flwr.masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+M32 = (1 << 32) - 1
+
+
+def word(k0: int, k1: int, i: int) -> int:
+    """Word i of a stream as a signed 32-bit integer, with Python's unbounded integers."""
+
+    def mix(x: int) -> int:
+        x ^= x >> 16
+        x = x * 0x7FEB352D & M32
+        x ^= x >> 15
+        x = x * 0x846CA68B & M32
+        return x ^ x >> 16
+
+    x = mix(mix((i ^ k0) & M32) ^ (k1 & M32))
+    return x - (1 << 32) if x >> 31 else x
+
+
+def ste_gradient(
+    model: nn.Module,
+    frozen: dict[str, Tensor],
+    scores: dict[str, Tensor],
+    mask: dict[str, Tensor],
+    loss: Callable[[Callable[..., Tensor]], Tensor],
+    ste: str = "identity",
+    sparsity: float = 0.0,
+) -> dict[str, Tensor]:
+    """dL/ds by autograd through an explicit straight-through mask; scores broadcast over weights."""
+    leaves = {n: s.clone().requires_grad_() for n, s in scores.items()}
+    weights = {}
+    for n, s in leaves.items():
+        theta = torch.sigmoid(s)
+        slope = theta.detach() if ste == "p" else 1.0
+        weights[n] = frozen[n] * (mask[n] + slope * (theta - theta.detach()))
+    penalty = sparsity * torch.cat([torch.sigmoid(s).reshape(-1) for s in leaves.values()]).mean()
+    total = loss(lambda *a, **k: functional_call(model, weights, a, k)) + penalty
+    return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))

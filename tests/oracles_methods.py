@@ -1,0 +1,50 @@
+"""Slow, readable twins of the methods' server halves, written from the papers' pseudocode."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def beta(method, rounds):
+    """FedPM's and DeltaMask's posterior, one position at a time; ``rounds`` holds lists of updates.
+
+    Returns theta as a list, or None before the first vote.
+    """
+    config = method.config
+    window = config.reset or int(np.ceil(1 / method.fraction))
+    alpha, beta_, votes, flips, age = [config.prior] * method.numel, [config.prior] * method.numel, 0, 0.0, 0
+    for updates in rounds:
+        if not updates:
+            continue
+        if age >= window:
+            alpha, beta_ = [config.prior] * method.numel, [config.prior] * method.numel
+            votes, flips, age = 0, 0.0, 0
+        age += 1
+        for update in updates:
+            votes += 1
+            flips += update.flip_rate
+            for i in range(method.numel):
+                bit = int(update.payload.bits["mask"][i // 8]) >> (i % 8) & 1
+                alpha[i] += bit
+                beta_[i] += 1 - bit
+    if not votes:
+        return None
+    f, theta = flips / votes, []
+    for a, b in zip(alpha, beta_, strict=True):
+        p = a / (a + b) if config.estimator == "mean" else (a - 1) / (a + b - 2)
+        p = (p - f) / (1 - 2 * f)
+        theta.append(min(max(p, config.epsilon), 1 - config.epsilon))
+    return theta
+
+
+def fedavg(method, rounds):
+    """The weighted mean of the last round that brought anything."""
+    found = None
+    for updates in rounds:
+        if updates:
+            total = sum(u.weight for u in updates)
+            found = [
+                sum(u.weight * float(u.payload.dense["weights"][i]) for u in updates) / total
+                for i in range(method.floats)
+            ]
+    return found

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fedmask_flwr.masks import Backbone, MaskSpec
+from fedmask_flwr.models import MODELS, backbone
+
+
+@pytest.mark.parametrize(
+    ("name", "in_shape", "classes", "weights"),
+    [
+        ("conv4", (1, 28, 28), 10, 1_932_352),
+        ("conv6", (3, 32, 32), 10, 2_261_184),
+        ("mlp", (1, 28, 28), 10, 784 * 300 + 300 * 100 + 100 * 10),
+        ("lenet5", (1, 28, 28), 10, 150 + 2400 + 400 * 120 + 120 * 84 + 84 * 10),
+        ("lenet5", (3, 32, 32), 7, 450 + 2400 + 400 * 120 + 120 * 84 + 84 * 7),
+        ("lenet5", (1, 40, 28), 2, 150 + 2400 + 16 * 8 * 5 * 120 + 120 * 84 + 84 * 2),
+    ],
+)
+def test_masked_weights_and_output(name, in_shape, classes, weights):
+    model = backbone(name, "seed:1", in_shape, classes).build()
+    assert MaskSpec.of(model).numel == weights
+    assert model(torch.zeros(2, *in_shape)).shape == (2, classes)
+    assert all(p.ndim >= 2 or not p.any() for p in model.parameters())
+
+
+def test_every_short_name_builds():
+    for name, path in MODELS.items():
+        b = backbone(name, "seed:1", (1, 16, 16), 5)
+        assert b.arch == path
+        assert b.build()(torch.zeros(1, 1, 16, 16)).shape == (1, 5)
+
+
+def test_resolution():
+    assert backbone("mlp", "seed:1", [4], 2, hidden=(3,)) == Backbone(
+        "fedmask_flwr.models:mlp", "seed:1", (("in_shape", (4,)), ("num_classes", 2), ("hidden", (3,)))
+    )
+    assert backbone("torchvision:resnet18", "seed:1", (3, 32, 32), 7) == Backbone(
+        "torchvision:resnet18", "seed:1", (("num_classes", 7),)
+    )
+    assert backbone("my.nets:build", "seed:1", (4,), 2).arch == "my.nets:build"
+    hash(backbone("mlp", "seed:1", [4], 2))
+
+
+def test_clear_refusals():
+    with pytest.raises(ValueError, match="conv4, conv6, lenet5, mlp"):
+        backbone("conv5", "seed:1", (1, 28, 28), 10)
+    with pytest.raises(ValueError, match=r"shape \(3, height, width\)"):
+        backbone("torchvision:resnet18", "seed:1", (1, 28, 28), 10)
+    for name in ("conv4", "conv6", "lenet5"):
+        for shape in ((64,), (1, 3, 64)):
+            with pytest.raises(ValueError, match="channels, height, width"):
+                backbone(name, "seed:1", shape, 10).build()
