@@ -42,7 +42,8 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def save_state(path: Path, state: Any, meta: Mapping[str, Any]) -> None:
     """Write a frozen dataclass of arrays and numbers, with JSON-able ``meta`` beside it."""
-    arrays, scalars = {}, {}
+    arrays: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
         (arrays if isinstance(value, np.ndarray) else scalars)[field.name] = value

@@ -24,7 +24,9 @@ FAILED, USAGE = 1, 2
 
 
 def _stop(message: str, code: int) -> NoReturn:
-    Console(stderr=True).print(message, style="red" if code else None, markup=False, highlight=False, soft_wrap=True)
+    Console(stderr=True).print(
+        message, style="red" if code else None, markup=False, highlight=False, soft_wrap=True
+    )
     raise typer.Exit(code)
 
 
@@ -45,7 +47,9 @@ def _main(
 
 @app.command()
 def run(
-    out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it is resumed.")] = Path("runs/first"),
+    out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it is resumed.")] = Path(
+        "runs/first"
+    ),
     clients: Annotated[int, typer.Option(min=1, help="Simulated clients.")] = 10,
     method: Annotated[str | None, typer.Option(help="fedpm, deltamask, fedavg or 'package.module:Class'.")] = None,
     data: Annotated[
@@ -66,17 +70,22 @@ def run(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the bits that clients send.")] = None,
     config: Annotated[
-        list[str] | None, typer.Option("-c", "--config", metavar="KEY=VALUE", help="Any other run-config key; repeatable.")
+        list[str] | None,
+        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Any other run-config key; repeatable."),
     ] = None,
-    cpus_per_client: Annotated[float, typer.Option(help="CPU cores a client task reserves.")] = 1,
-    gpus_per_client: Annotated[float, typer.Option(help="GPUs (or a share of one) a client task reserves.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the earlier run in the folder first.")] = False,
+    cpus_per_client: Annotated[int, typer.Option(min=1, help="CPU cores a client task reserves.")] = 1,
+    gpus_per_client: Annotated[
+        float, typer.Option(min=0, help="GPUs (or a share of one) a client task reserves.")
+    ] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the earlier run in the folder first.")
+    ] = False,
 ) -> None:
     """Train in simulation: one machine, many clients, the same app as on real devices.
 
     Exit code 0: completed. 1: the run failed. 2: a wrong option or folder, nothing was started.
     """
-    from fedmask_flwr import launch  # noqa: PLC0415 - pydantic, and torch through the methods
+    from fedmask_flwr import launch
 
     given = {
         "method": method,
@@ -94,7 +103,8 @@ def run(
     }
     console = Console()
     try:
-        plan = launch.prepare({k: v for k, v in given.items() if v is not None}, config or [], out, overwrite=overwrite)
+        options = {k: v for k, v in given.items() if v is not None}
+        plan = launch.prepare(options, config or [], out, clients=clients, overwrite=overwrite)
     except launch.UsageError as error:
         _stop(str(error), USAGE)
     try:
@@ -108,8 +118,8 @@ def run(
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="A frame: mask.fedmask, or a captured message.")]) -> None:
     """Print what a frame holds: header, fields, codecs, bits per parameter, density of bit fields."""
-    from fedmask_flwr.inspect import describe  # noqa: PLC0415 - numpy
-    from fedmask_flwr.wire import WireError  # noqa: PLC0415
+    from fedmask_flwr.describe import describe
+    from fedmask_flwr.wire import WireError
 
     try:
         Console().print(describe(file.read_bytes()))

@@ -52,7 +52,9 @@ class RunConfig(BaseModel):
     min_nodes: int = Field(2, ge=1, description="nodes to wait for, and the fewest that train in a round")
     node_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for min-nodes")
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for a round's replies")
-    codec: str = Field("auto", description="codec of the uplink bits: auto, bits, rice, entropy, fuse8, fuse16, ...")
+    codec: str = Field(
+        "auto", description="codec of the uplink bits: auto, bits, rice, entropy, fuse8, fuse16, ..."
+    )
     seed: int = Field(7, ge=0, lt=2**63)
     threads: int = Field(1, ge=1, description="torch threads in a client")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")

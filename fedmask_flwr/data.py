@@ -150,9 +150,7 @@ def _load_own(name: str, split: Split, data_dir: str) -> Dataset:
         return _checked(got.x, got.y, got.num_classes, name)
     if isinstance(got, tuple) and len(got) == 2:
         return _checked(got[0], got[1], None, name)
-    raise DataError(
-        f"{name} returned {type(got).__name__}; return a fedmask_flwr.data.Dataset or a pair (x, y)"
-    )
+    raise DataError(f"{name} returned {type(got).__name__}; return a fedmask_flwr.data.Dataset or a pair (x, y)")
 
 
 def _load_npz(split: Split, data_dir: str) -> Dataset:
@@ -164,9 +162,7 @@ def _load_npz(split: Split, data_dir: str) -> Dataset:
         with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
             arrays = {name: z[name] for name in ("x", "y", "num_classes") if name in z.files}
     except FileNotFoundError:
-        raise DataError(
-            f"{path} does not exist; --data-dir must hold {split}.npz with arrays x and y"
-        ) from None
+        raise DataError(f"{path} does not exist; --data-dir must hold {split}.npz with arrays x and y") from None
     except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is not an .npz file of plain arrays: {error}") from error
     missing = {"x", "y"} - set(arrays)
@@ -195,9 +191,7 @@ def _load_idx(klass: str, split: Split, data_dir: str) -> Dataset:
         _download(klass, split, root)
     found = _find_idx(root, klass, names)
     if found is None:
-        raise DataError(
-            f"no {names[0]} under {root}; point --data-dir at the folder that holds the idx files"
-        )
+        raise DataError(f"no {names[0]} under {root}; point --data-dir at the folder that holds the idx files")
     images, labels = _read_idx(found[0], 3), _read_idx(found[1], 1)
     return _checked(_normalised(images[:, None]), labels, 10, str(found[0].parent))
 
@@ -207,9 +201,7 @@ def _load_cifar10(split: Split, data_dir: str) -> Dataset:
     if not (root / "cifar-10-batches-py").is_dir():
         _download("CIFAR10", split, root)
     try:
-        raw = _need("torchvision.datasets", "cifar10").CIFAR10(
-            str(root), train=split == "train", download=False
-        )
+        raw = _need("torchvision.datasets", "cifar10").CIFAR10(str(root), train=split == "train", download=False)
     except RuntimeError as error:
         raise DataError(
             f"{root}/cifar-10-batches-py: {error}; delete it to download it again, or fix --data-dir"
@@ -280,7 +272,7 @@ def _download(klass: str, split: Split, root: Path) -> None:
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
     try:
-        import fcntl  # noqa: PLC0415 - not on Windows
+        import fcntl
     except ImportError:
         yield
         return

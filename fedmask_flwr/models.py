@@ -105,9 +105,7 @@ def _image(in_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def backbone(
-    model: str, source: str, in_shape: Sequence[int], num_classes: int, **options: Option
-) -> Backbone:
+def backbone(model: str, source: str, in_shape: Sequence[int], num_classes: int, **options: Option) -> Backbone:
     """Name a network by a short name, a torchvision name or a dotted path.
 
     Parameters

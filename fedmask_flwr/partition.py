@@ -65,9 +65,7 @@ def partition(
     if scheme == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
         raise DataError(f"alpha is {alpha}; use a number above 0")
     if scheme == "classes" and not 1 <= classes_per_client <= (most := len(np.unique(labels))):
-        raise DataError(
-            f"classes-per-client is {classes_per_client}; use 1 to {most}, the classes of this data"
-        )
+        raise DataError(f"classes-per-client is {classes_per_client}; use 1 to {most}, the classes of this data")
     # Arguments that a scheme does not use must not split the cache.
     a = float(alpha) if scheme == "dirichlet" else 0.0
     c = int(classes_per_client) if scheme == "classes" else 0
@@ -94,11 +92,7 @@ def _partition(
             for r in rows:
                 r.flags.writeable = False
             return rows
-    fix = (
-        "raise alpha or use fewer clients"
-        if scheme == "dirichlet"
-        else "use fewer clients or fewer classes each"
-    )
+    fix = "raise alpha or use fewer clients" if scheme == "dirichlet" else "use fewer clients or fewer classes each"
     raise DataError(
         f"cannot split {len(labels)} rows by {scheme!r} among {num_partitions} clients, none empty; {fix}"
     ) from reason
@@ -128,9 +122,7 @@ def _flower(
             )
         p.dataset = datasets.Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
         parts = [p.load_partition(i).with_format("numpy") for i in range(num_partitions)]
-        return [
-            np.asarray(part["row"][:], np.int64) if len(part) else np.empty(0, np.int64) for part in parts
-        ]
+        return [np.asarray(part["row"][:], np.int64) if len(part) else np.empty(0, np.int64) for part in parts]
 
 
 def _imports() -> tuple[Any, Any]:
@@ -140,11 +132,9 @@ def _imports() -> tuple[Any, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            import datasets  # noqa: PLC0415 - about a second
-            from flwr_datasets import partitioner  # noqa: PLC0415
+            import datasets
+            from flwr_datasets import partitioner
     except ImportError as error:
-        raise DataError(
-            "splitting one data set among clients needs: pip install 'fedmask-flwr[sim]'"
-        ) from error
+        raise DataError("splitting one data set among clients needs: pip install 'fedmask-flwr[sim]'") from error
     datasets.disable_progress_bars()
     return datasets, partitioner

@@ -1,8 +1,8 @@
 """A watchdog process: when its owner closes the pipe or dies, nothing the owner started survives.
 
 Run as a file, with the standard library only. Ray's daemons leave their parent's process group and session,
-so the processes of a run are recognised by what they inherit: a token in the environment, or a working directory
-inside the run's private folder.
+so the processes of a run are recognised by what they inherit: a token in the environment, or a working
+directory inside the run's private folder.
 
     python -I reaper.py TOKEN FOLDER      # standard input: the read end of the owner's pipe
 """

@@ -92,9 +92,7 @@ def sandbox(threads: str, extra_path: str) -> Iterator[Sandbox]:
             watchdog.stdin.close()
             left = watchdog.wait() != 0
     if left:
-        raise LeftoverError(
-            "some processes of the run could not be ended; look for them with: ps -ef | grep ray"
-        )
+        raise LeftoverError("some processes of the run could not be ended; look for them with: ps -ef | grep ray")
 
 
 @contextlib.contextmanager

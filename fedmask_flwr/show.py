@@ -17,7 +17,7 @@ __all__ = ["MODES", "RoundTable", "human_bytes", "plot_curve", "summary"]
 
 MODES = ("sampled", "threshold", "expected")
 _WIDE = ("round", *MODES, "up/client", "down/client", "bpp up", "bpp down", "ok", "failed", "seconds")
-_WIDTHS = (7, 8, 9, 8, 10, 11, 7, 8, 4, 6, 8)
+_WIDTHS = (5, 8, 10, 9, 10, 12, 8, 9, 4, 7, 8)
 _ROOM = 8  # terminal lines the table leaves to its header, its footer and the prompt
 
 
@@ -151,8 +151,8 @@ def plot_curve(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
         matplotlib is not installed.
     """
     # The object API: no pyplot, so no global state and no display.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415 - slow to import
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)

@@ -23,8 +23,9 @@ from typing import IO, Any
 from fedmask_flwr.sandbox import Interrupted, Sandbox, sandbox, scripts, stop_signals
 from fedmask_flwr.stage import Scalar, stage, toml_lines
 
-__all__ = ["Interrupted", "SimulationError", "run"]
+__all__ = ["LOG", "Interrupted", "SimulationError", "run"]
 
+LOG = "flower.log"
 _START_S = 60.0
 _TICK_S = 0.3
 _POLL_S = 30.0
@@ -43,7 +44,7 @@ def run(
     num_clients: int,
     out: Path,
     on_round: Callable[[dict[str, Any]], None],
-    cpus_per_client: float = 1,
+    cpus_per_client: int = 1,
     gpus_per_client: float = 0,
     log_path: Path | None = None,
     root: Path | None = None,
@@ -60,7 +61,7 @@ def run(
         Folder the ServerApp writes to; made where missing.
     on_round : callable
         Called in this thread with each new line of ``out/metrics.jsonl``, as a dict.
-    cpus_per_client, gpus_per_client : float
+    cpus_per_client, gpus_per_client : int, float
         What one client task reserves in Ray, so how many run at once.
     log_path : Path, optional
         Where Flower's log goes; ``out/flower.log`` when not given.
@@ -76,7 +77,7 @@ def run(
     """
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    log = log_path or out / "flower.log"
+    log = log_path or out / LOG
     for name in ("flwr", "flower-superlink", "flower-superexec"):
         if not (scripts() / name).exists():
             raise SimulationError(f"no {name} beside {sys.executable}; pip install 'fedmask-flwr[sim]' there")
@@ -85,7 +86,7 @@ def run(
         f"client-resources-num-gpus={gpus_per_client}"
     )
     feed = _Metrics(out / "metrics.jsonl")
-    threads = str(max(1, int(cpus_per_client)))
+    threads = str(cpus_per_client)
     with stop_signals(), sandbox(threads, _extra_path(config)) as place:
         try:
             run_id, superlink = _submit(place, {**config, "out": str(out)}, sizes, root)
@@ -94,22 +95,22 @@ def run(
             with log.open("ab") as f, contextlib.suppress(OSError):
                 f.write(_SUPERLINK + (place.folder / "superlink.log").read_bytes())
     if status != "finished:completed":
-        raise SimulationError(
-            "\n".join([f"Flower says {status}: {details}", *_log_end(log), f"Full log: {log}"])
-        )
+        raise SimulationError("\n".join([f"Flower says {status}: {details}", *_log_end(log), f"Full log: {log}"]))
 
 
 def _submit(
     place: Sandbox, config: Mapping[str, Scalar], sizes: str, root: Path | None
 ) -> tuple[str, subprocess.Popen[bytes]]:
     app, toml = place.folder / "app", place.folder / "run.toml"
-    stage(app, root)
+    stage(app, root, config)
     toml.write_text(toml_lines(config), encoding="utf-8")
     superlink = _start_superlink(place)
     started = _flwr(place, "run", str(app), "sim", "--federation-config", sizes, "--run-config", str(toml))
     run_id = str(started.get("run-id") or "")
     if not run_id:
-        raise SimulationError(f"Flower refused the run: {started.get('error-message', started)}")
+        reason = str(started.get("error-message", started)).splitlines()
+        reason = [line for line in reason if line.strip() and not line.startswith("Using SuperLink")]
+        raise SimulationError("\n".join(["Flower refused the run:", *reason]))
     return run_id, superlink
 
 
@@ -173,9 +174,7 @@ def _start_superlink(place: Sandbox) -> subprocess.Popen[bytes]:
         if child.poll() is None:
             child.kill()
         child.wait()
-    raise SimulationError(
-        "\n".join(["the SuperLink did not start", *_log_end(place.folder / "superlink.log")])
-    )
+    raise SimulationError("\n".join(["the SuperLink did not start", *_log_end(place.folder / "superlink.log")]))
 
 
 def _child(place: Sandbox, command: list[str], sink: IO[bytes]) -> subprocess.Popen[bytes]:

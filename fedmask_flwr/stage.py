@@ -14,18 +14,26 @@ __all__ = ["Scalar", "StageError", "app_root", "defaults", "stage", "toml_lines"
 Scalar = str | int | float | bool
 
 _PACKAGE = Path(__file__).resolve().parent
+_TABLE = "[tool.flwr.app.config]\n"
 
 
 class StageError(RuntimeError):
     """The app's files are not where the package was installed from."""
 
 
-def stage(app: Path, root: Path | None = None) -> None:
-    """Copy what the Flower App Bundle is built from into the new folder `app`, and nothing else."""
+def stage(app: Path, root: Path | None = None, config: Mapping[str, Scalar] | None = None) -> None:
+    """Copy what the Flower App Bundle is built from into the new folder `app`, and nothing else.
+
+    Flower refuses run-config keys that pyproject.toml does not declare, so those of `config` that are missing
+    there (a method from outside this package has its own) are declared in the copy.
+    """
     source = root or app_root()
     app.mkdir(parents=True)
-    for name in ("pyproject.toml", "LICENSE"):
-        shutil.copyfile(source / name, app / name)
+    shutil.copyfile(source / "LICENSE", app / "LICENSE")
+    known = defaults(source)
+    extra = toml_lines({k: v for k, v in (config or {}).items() if k not in known})
+    text = (source / "pyproject.toml").read_text("utf-8")
+    app.joinpath("pyproject.toml").write_text(text.replace(_TABLE, _TABLE + extra, 1), "utf-8")
     packages = {
         "server_app": source / "server_app",
         "client_app": source / "client_app",
@@ -34,7 +42,7 @@ def stage(app: Path, root: Path | None = None) -> None:
     for name, folder in packages.items():
         for path in sorted(folder.rglob("*.py")):
             inner = path.relative_to(folder)
-            if inner.parts[0] in ("_app", "__pycache__"):
+            if inner.parts[0] == "_app":
                 continue
             (app / name / inner).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, app / name / inner)
@@ -43,9 +51,7 @@ def stage(app: Path, root: Path | None = None) -> None:
 def app_root() -> Path:
     """Find the folder of the app's pyproject.toml: the checkout, or the copy inside an installed wheel."""
     checkout = _PACKAGE.parent / "pyproject.toml"
-    if checkout.is_file() and re.search(
-        r'^name = "fedmask-flwr"$', checkout.read_text("utf-8"), re.MULTILINE
-    ):
+    if checkout.is_file() and re.search(r'^name = "fedmask-flwr"$', checkout.read_text("utf-8"), re.MULTILINE):
         return checkout.parent
     if (_PACKAGE / "_app" / "pyproject.toml").is_file():
         return _PACKAGE / "_app"

@@ -54,8 +54,9 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy in nats and accuracy on x (n, *in_shape), y (n,)."""
     model.eval()
     loss, right = 0.0, 0
-    for xs, ys in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH), strict=True):
-        logits = model(xs)
+    for start in range(0, len(y), EVAL_BATCH):
+        ys = y[start : start + EVAL_BATCH]
+        logits = model(x[start : start + EVAL_BATCH])
         loss += cross_entropy(logits, ys, reduction="sum").item()
         right += int((logits.argmax(1) == ys).sum())
     return loss / len(y), right / len(y)
@@ -63,4 +64,6 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
 
 def tensors(x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
     """Copy arrays to ``device``."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(device), torch.from_numpy(np.ascontiguousarray(y)).to(device)
+    return torch.from_numpy(np.ascontiguousarray(x)).to(device), torch.from_numpy(np.ascontiguousarray(y)).to(
+        device
+    )

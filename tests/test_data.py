@@ -259,9 +259,7 @@ def test_classes_holds_exactly_that_many():
 @pytest.mark.flower
 def test_dirichlet_alpha_sets_how_uneven():
     def classes_held(alpha):
-        return np.mean(
-            [len(np.unique(LABELS[p])) for p in partition(LABELS, 10, "dirichlet", alpha=alpha, seed=0)]
-        )
+        return np.mean([len(np.unique(LABELS[p])) for p in partition(LABELS, 10, "dirichlet", alpha=alpha, seed=0)])
 
     assert classes_held(0.05) < 4 < 9 < classes_held(100.0)
 

@@ -23,9 +23,7 @@ def blobs(split, data_dir):
 
 def net(in_shape=(8,), num_classes=3):
     """A plain two-layer perceptron."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.ReLU(), nn.Linear(32, num_classes)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
 def run_config(**changes):
@@ -38,8 +36,8 @@ def run_config(**changes):
 def equal(a, b):
     """Bitwise equality of two frozen dataclasses of arrays and numbers."""
     return all(
-        np.array_equal(getattr(a, name), getattr(b, name)) and np.asarray(getattr(a, name)).dtype
-        == np.asarray(getattr(b, name)).dtype
+        np.array_equal(getattr(a, name), getattr(b, name))
+        and np.asarray(getattr(a, name)).dtype == np.asarray(getattr(b, name)).dtype
         for name in a.__slots__
     )
 

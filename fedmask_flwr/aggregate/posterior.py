@@ -37,7 +37,9 @@ def beta_theta(
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, not {estimator!r}")
     if prior < 1.0 or not 0.0 < epsilon < 0.5 or not 0.0 <= flip_rate < 0.5:
-        raise ValueError(f"need prior >= 1, 0 < epsilon < 0.5, 0 <= flip_rate < 0.5: {prior}, {epsilon}, {flip_rate}")
+        raise ValueError(
+            f"need prior >= 1, 0 < epsilon < 0.5, 0 <= flip_rate < 0.5: {prior}, {epsilon}, {flip_rate}"
+        )
     pseudo = prior - 1.0 if estimator == "mode" else prior
     theta = (ones + pseudo) / (total + 2.0 * pseudo)
     if flip_rate > 0.0:

@@ -30,9 +30,8 @@ class VoteCounter:
             When the mask has another length.
         """
         if bits.dtype != np.uint8 or bits.shape != ((self.numel + 7) // 8,):
-            raise ValueError(
-                f"a packed mask of {self.numel} bits is {(self.numel + 7) // 8} uint8, got {bits.shape} {bits.dtype}"
-            )
+            size = (self.numel + 7) // 8
+            raise ValueError(f"a packed mask of {self.numel} bits is {size} uint8, got {bits.shape} {bits.dtype}")
         for start in range(0, bits.size, BLOCK):
             row = np.unpackbits(bits[start : start + BLOCK], bitorder="little")
             low = self._low[8 * start : 8 * start + row.size]

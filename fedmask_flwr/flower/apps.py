@@ -56,9 +56,7 @@ def serve(grid: Grid, context: Context) -> None:
         def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
             return MetricRecord(dict(evaluate_modes(strategy, model, arrays, x, y, config.eval_samples)))
 
-        strategy.start(
-            grid, num_rounds=config.num_server_rounds, timeout=config.round_timeout, evaluate_fn=measure
-        )
+        strategy.start(grid, num_rounds=config.num_server_rounds, timeout=config.round_timeout, evaluate_fn=measure)
     finally:
         run_dir.close()
 
@@ -81,7 +79,10 @@ def evaluate_modes(
         draws = range(samples if mode == "sampled" else 1)
         pairs = [evaluate(strategy.load(model, arrays, mode, draw), x, y) for draw in draws]
         measured[mode] = tuple(sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-    line = {f"accuracy_{mode}": measured.get(mode, measured[modes[0]])[1] for mode in ("sampled", "threshold", "expected")}
+    line = {
+        f"accuracy_{mode}": measured.get(mode, measured[modes[0]])[1]
+        for mode in ("sampled", "threshold", "expected")
+    }
     return {**line, "loss": measured.get("threshold", measured[modes[0]])[0]}
 
 
@@ -93,9 +94,7 @@ def train_turn(msg: Message, context: Context) -> Message:
     optimizer = turn.optimizer(config.lr, config.optimizer)
     x, y = tensors(own.x, own.y, device)
     key = (config.seed, turn.turn.round, turn.turn.client)
-    loss = train(
-        model, optimizer, x, y, epochs=config.local_epochs, batch_size=config.batch_size, key=key
-    )
+    loss = train(model, optimizer, x, y, epochs=config.local_epochs, batch_size=config.batch_size, key=key)
     return turn.reply(len(y), {"train_loss": loss})
 
 
@@ -131,8 +130,6 @@ def _share(whole: data.Dataset, config: RunConfig, index: int, parts: int) -> da
         seed=config.seed,
     )[index]
     return data.Dataset(whole.x[rows], whole.y[rows], whole.num_classes)
-
-
 
 
 def _backbone(config: RunConfig, examples: data.Dataset) -> Backbone:

@@ -242,9 +242,7 @@ class MaskStrategy(Strategy):
     def _arrays(self, server_round: int) -> ArrayRecord:
         return self.plan.record(server_round, self.frame(server_round), self.method.numel).array_records["arrays"]
 
-    def _message(
-        self, node: int, kind: str, server_round: int, frame: bytes, config: Mapping[str, Any]
-    ) -> Message:
+    def _message(self, node: int, kind: str, server_round: int, frame: bytes, config: Mapping[str, Any]) -> Message:
         content = self.plan.record(server_round, frame, self.method.numel)
         content.config_records["config"].update(config)
         return Message(content, node, kind)
@@ -252,7 +250,7 @@ class MaskStrategy(Strategy):
     def _resume(self) -> int:
         if self.run_dir is None:
             return 0
-        found = self.run_dir.restore(self.method.State)
+        found: tuple[Any, dict[str, Any]] | None = self.run_dir.restore(self.method.State)
         if found is None:
             return 0
         state, meta = found

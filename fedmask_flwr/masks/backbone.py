@@ -166,7 +166,9 @@ def initialise(model: nn.Module, source: str) -> None:
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise ValueError(f"checkpoint {match['path']} does not fit {type(model).__name__}: {error}") from error
+            raise ValueError(
+                f"checkpoint {match['path']} does not fit {type(model).__name__}: {error}"
+            ) from error
     else:
         raise ValueError(f"malformed source {source!r}: {_GRAMMAR}")
 

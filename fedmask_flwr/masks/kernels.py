@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .keyed import CHUNK, Key, _check, _Scratch, words_torch
+from .keyed import CHUNK, Key, Scratch, check_range, words_torch
 
 
 def slices(d: int, device: torch.device) -> Iterator[slice]:
@@ -58,13 +58,12 @@ def sample_(scores: Tensor, key: Key, out: Tensor) -> None:
     """
     d = len(scores)
     if scores.device.type != "cpu":
-        cut = torch.sigmoid(scores).double().mul_(2.0**32).floor_().clamp_(0, 2.0**32 - 1).sub_(2.0**31)
-        torch.lt(words_torch(key, d, scores.device), cut.to(torch.int32), out=out)
+        sample_torch_(scores, key, out)
         return
-    _check(d, 0)
+    check_range(d, 0)
     s, m = scores.numpy(), out.numpy()
     n = min(d, CHUNK)
-    scratch, theta = _Scratch(n), np.empty(n, np.float32)
+    scratch, theta = Scratch(n), np.empty(n, np.float32)
     cuts, bits = np.empty(n, np.uint32), np.empty(n, np.bool_)
     for part in slices(d, scores.device):
         n = part.stop - part.start
@@ -75,6 +74,12 @@ def sample_(scores: Tensor, key: Key, out: Tensor) -> None:
         c ^= np.uint32(1 << 31)
         np.less(scratch.words(key, n, part.start), c.view(np.int32), out=bits[:n])
         m[part] = bits[:n]
+
+
+def sample_torch_(scores: Tensor, key: Key, out: Tensor) -> None:
+    """`sample_` in whole-vector torch operations, for accelerators."""
+    cuts = torch.sigmoid(scores).double().mul_(2.0**32).floor_().clamp_(0, 2.0**32 - 1).sub_(2.0**31)
+    torch.lt(words_torch(key, len(scores), scores.device), cuts.to(torch.int32), out=out)
 
 
 def score_gradient_(g: Tensor, s: Tensor, p: Tensor, *, power: bool, penalty: float) -> None:

@@ -97,7 +97,8 @@ def _signed(i: int) -> int:
     return i - _COUNTERS if i >= _COUNTERS // 2 else i
 
 
-def _check(n: int, start: int) -> None:
+def check_range(n: int, start: int) -> None:
+    """Raise ValueError unless counters ``start .. start+n-1`` exist."""
     if n < 0 or start < 0:
         raise ValueError(f"n and start must not be negative, got n={n}, start={start}")
     if start + n > _COUNTERS:
@@ -106,7 +107,7 @@ def _check(n: int, start: int) -> None:
         )
 
 
-class _Scratch:
+class Scratch:
     """Two chunks of int32 that one call reuses: numpy would allocate them for every expression."""
 
     __slots__ = ("_base", "_t", "_x")
@@ -132,9 +133,9 @@ def words(key: Key, n: int, start: int = 0) -> NDArray[np.int32]:
     ValueError
         `n` or `start` is negative, or the range passes counter 2**32.
     """
-    _check(n, start)
+    check_range(n, start)
     out = np.empty(n, np.int32)
-    scratch = _Scratch(n)
+    scratch = Scratch(n)
     for a in range(0, n, CHUNK):
         b = min(a + CHUNK, n)
         out[a:b] = scratch.words(key, b - a, start + a)
@@ -149,7 +150,7 @@ def words_torch(key: Key, n: int, device: torch.device | str, start: int = 0) ->
     ValueError
         As `words`.
     """
-    _check(n, start)
+    check_range(n, start)
     x = torch.arange(start, start + n, dtype=torch.int64, device=device).to(torch.int32)
     _hash_(x, torch.empty_like(x), key)
     return x
@@ -186,9 +187,9 @@ def bernoulli(key: Key, thresholds: NDArray[np.int32], start: int = 0) -> NDArra
     if thresholds.ndim != 1:
         raise ValueError(f"thresholds must be one flat vector, got shape {thresholds.shape}")
     n = len(thresholds)
-    _check(n, start)
+    check_range(n, start)
     out = np.empty(n, np.bool_)
-    scratch = _Scratch(n)
+    scratch = Scratch(n)
     for a in range(0, n, CHUNK):
         b = min(a + CHUNK, n)
         np.less(scratch.words(key, b - a, start + a), thresholds[a:b], out=out[a:b])

@@ -92,7 +92,7 @@ class Method(ABC, Generic[S]):
     """
 
     name: ClassVar[str]
-    State: ClassVar[type]
+    State: ClassVar[type[Any]]
     Config: ClassVar[type[MethodConfig]]
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")
     codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
@@ -122,9 +122,7 @@ class Method(ABC, Generic[S]):
         """Return what both ends know before the client's reply is written, from the broadcast payload."""
 
     @abstractmethod
-    def install(
-        self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None) -> None:
         """Write the broadcast network into ``model``, in one of ``modes`` ("sampled" draws with ``key``)."""
 
     # Server
@@ -154,4 +152,3 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn) -> Payload:
         """Return the client's reply after training."""
-

@@ -6,7 +6,7 @@ import math
 from abc import ABC
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ class BetaMethod(Method[BetaState], ABC):
     """Server half, client training and evaluation of a method that keeps a Beta posterior over each bit."""
 
     State = BetaState
-    Config = BetaConfig
+    Config: ClassVar[type[BetaConfig]] = BetaConfig
     config: Any
 
     @property
@@ -95,7 +95,7 @@ class BetaMethod(Method[BetaState], ABC):
         )
 
     def draw(self, theta: npt.NDArray[np.float64], turn: Turn) -> npt.NDArray[np.bool_]:
-        """m = 1[u < theta], shape (d,), with the turn's shared uniforms u: equal keys give common random numbers."""
+        """m = 1[u < theta], shape (d,), with the turn's keyed uniforms u: equal turns share their randomness."""
         who = turn.client if self.config.seed_scope == "client" else "all"
         return bernoulli(derive(turn.seed, "upload", turn.round, who), thresholds(theta))
 
@@ -122,17 +122,13 @@ class BetaMethod(Method[BetaState], ABC):
             return state
         if state.age >= (self.config.reset or math.ceil(1.0 / self.fraction)):
             state = self.init()
-        return BetaState(
-            state.ones + votes.votes(), state.total + votes.masks, state.age + 1, state.flips + flips
-        )
+        return BetaState(state.ones + votes.votes(), state.total + votes.masks, state.age + 1, state.flips + flips)
 
     def result(self, state: BetaState) -> Payload:
         """The thresholded mask 1[theta >= 1/2]."""
         return Payload(bits={"mask": pack_bits(self.theta(self.broadcast(state)) >= 0.5)})
 
-    def install(
-        self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None) -> None:
         """Write w * m into ``model`` (m sampled, thresholded, or theta itself)."""
         values = torch.from_numpy(mask_values(self.theta(got), mode, key))
         write_mask(model, self.spec, frozen, values.to(frozen.device))

@@ -49,7 +49,7 @@ class DeltaMask(BetaMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "deltamask"
-    Config = DeltaMaskConfig
+    Config: ClassVar[type[BetaConfig]] = DeltaMaskConfig
 
     def known(self, got: Payload, turn: Turn) -> SideInfo:
         """The mask m_g that both ends draw from what was broadcast."""

@@ -84,9 +84,7 @@ class FedAvg(Method[DenseState]):
         """The averaged weights."""
         return self.broadcast(state)
 
-    def install(
-        self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None) -> None:
         """Write the weights into ``model``; without any, the backbone's own stay."""
         if "weights" in got.dense:
             write_floats(model, got.dense["weights"])
@@ -96,7 +94,7 @@ class FedAvg(Method[DenseState]):
         if "weights" in got.dense:
             write_floats(model, got.dense["weights"])
         for parameter in model.parameters():
-            parameter.requires_grad_(requires_grad=True)
+            parameter.requires_grad_(True)
         lr = LEARNING_RATE if training.lr is None else training.lr
         return Adam(model.parameters(), lr) if training.optimizer == "adam" else SGD(model.parameters(), lr)
 

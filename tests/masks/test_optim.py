@@ -24,7 +24,7 @@ from fedmask_flwr.masks import (
     thresholds,
     write_mask,
 )
-from fedmask_flwr.masks.kernels import probabilities, sample_
+from fedmask_flwr.masks.kernels import probabilities, sample_, sample_torch_
 from fedmask_flwr.masks.keyed import CHUNK
 from fedmask_flwr.models import backbone
 
@@ -200,6 +200,16 @@ def test_sampling_equals_its_definition(scores, seed):
     theta = probabilities(s)
     assert np.array_equal(out.numpy() == 1, bernoulli(derive(seed), thresholds(theta.double().numpy())))
     assert torch.allclose(theta, torch.sigmoid(s.double()).float(), rtol=1e-6, atol=1e-9)
+
+
+def test_the_accelerators_sampler_agrees():
+    # theta may differ in its last place, which moves a bit with probability 2**-23 or so.
+    s = torch.linspace(-16, 16, CHUNK + 7)
+    a, b = torch.empty_like(s), torch.empty_like(s)
+    sample_(s, derive(3), a)
+    sample_torch_(s, derive(3), b)
+    assert torch.equal(a, b)
+    assert 0.4 < a.mean() < 0.6
 
 
 def masks_of(key, steps: int = 4) -> list[torch.Tensor]:
