@@ -47,7 +47,8 @@ def save_state(path: Path, state: Any, meta: Mapping[str, Any]) -> None:
     for field in dataclasses.fields(state):
         value = getattr(state, field.name)
         (arrays if isinstance(value, np.ndarray) else scalars)[field.name] = value
-    header = {"meta": json.dumps(dict(meta), sort_keys=True), "scalars": json.dumps(scalars, sort_keys=True)}
+    # One entry: safetensors writes several in an order that changes from process to process.
+    header = {"fedmask": json.dumps({"meta": dict(meta), "scalars": scalars}, sort_keys=True)}
     write_atomic(path, save({k: np.ascontiguousarray(v) for k, v in arrays.items()}, metadata=header))
 
 
@@ -61,10 +62,9 @@ def load_state(path: Path, cls: type[S]) -> tuple[S, dict[str, Any]]:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
+            header = json.loads((file.metadata() or {})["fedmask"])
             values = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        values |= json.loads(header["scalars"])
-        return cls(**values), json.loads(header["meta"])
+        return cls(**values, **header["scalars"]), dict(header["meta"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a checkpoint of {cls.__name__} ({error}): restore it from a backup, or start again "

@@ -43,7 +43,7 @@ class RunConfig(BaseModel):
     exclude: str = Field("", description="comma-separated patterns of parameter names to leave frozen")
     num_server_rounds: int = Field(20, ge=1)
     local_epochs: int = Field(3, ge=1)
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(0, ge=0, description="0 means an eighth of a client's examples, within 32 and 128")
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(0.0, ge=0.0, description="0 means the method's own")
     fraction_train: float = Field(1.0, gt=0.0, le=1.0)

@@ -60,9 +60,9 @@ def _kill_all(token: str, folder: str) -> list[int]:
     left: list[int] = []
     while time.monotonic() < deadline:
         left = tagged(token, folder)
-        # A process may fork between the scan and the signal, so one empty scan is not enough.
+        # A process may fork while it is looked for, so one empty scan is not enough.
         quiet = 0 if left else quiet + 1
-        if quiet == 2:
+        if quiet == 3:
             return []
         for pid in left:
             try:

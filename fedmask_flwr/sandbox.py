@@ -12,9 +12,10 @@ import sysconfig
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from fedmask_flwr import reaper
 
@@ -40,9 +41,25 @@ class Sandbox:
     token: str
     env: Mapping[str, str]
 
+    children: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
     def alive(self) -> list[int]:
         """List the run's living processes."""
         return reaper.tagged(self.token, str(self.folder))
+
+    def spawn(self, command: list[str], sink: IO[bytes]) -> subprocess.Popen[bytes]:
+        """Start a process of the run, with both its outputs into `sink`."""
+        child = subprocess.Popen(  # noqa: S603
+            command,
+            cwd=self.folder / "cwd",  # neutral: Ray imports a package that lies in the working directory first
+            env={**self.env, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.children.append(child)
+        return child
 
 
 def scripts() -> Path:
@@ -82,15 +99,19 @@ def sandbox(threads: str, extra_path: str) -> Iterator[Sandbox]:
         stdin=subprocess.PIPE,
         start_new_session=True,
     )
+    place = Sandbox(folder, token, env)
     try:
         for sub in (home, folder / "cwd"):
             sub.mkdir()
-        yield Sandbox(folder, token, env)
+        yield place
     finally:
         with _deaf():
             assert watchdog.stdin is not None
             watchdog.stdin.close()
             left = watchdog.wait() != 0
+            for child in place.children:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=1 if left else 10)
     if left:
         raise LeftoverError("some processes of the run could not be ended; look for them with: ps -ef | grep ray")
 

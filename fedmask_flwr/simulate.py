@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fedmask_flwr.sandbox import Interrupted, Sandbox, sandbox, scripts, stop_signals
 from fedmask_flwr.stage import Scalar, stage, toml_lines
@@ -150,7 +150,7 @@ def _follow(
 
 def _stream(place: Sandbox, run_id: str, log: Path) -> subprocess.Popen[bytes]:
     with log.open("wb") as sink:  # a stream always starts with the first line
-        return _child(place, [str(scripts() / "flwr"), "log", run_id, "sim", "--stream"], sink)
+        return place.spawn([str(scripts() / "flwr"), "log", run_id, "sim", "--stream"], sink)
 
 
 def _start_superlink(place: Sandbox) -> subprocess.Popen[bytes]:
@@ -166,7 +166,7 @@ def _start_superlink(place: Sandbox) -> subprocess.Popen[bytes]:
             "subprocess",
         ]
         with (place.folder / "superlink.log").open("wb") as sink:
-            child = _child(place, [*command, "--host", "127.0.0.1", "--port", str(port)], sink)
+            child = place.spawn([*command, "--host", "127.0.0.1", "--port", str(port)], sink)
         if _healthy(child, port):
             lines = "[superlink]", 'default = "sim"', "[superlink.sim]", f'address = "127.0.0.1:{port}"'
             (place.folder / "home" / "config.toml").write_text("\n".join([*lines, "insecure = true", ""]))
@@ -175,18 +175,6 @@ def _start_superlink(place: Sandbox) -> subprocess.Popen[bytes]:
             child.kill()
         child.wait()
     raise SimulationError("\n".join(["the SuperLink did not start", *_log_end(place.folder / "superlink.log")]))
-
-
-def _child(place: Sandbox, command: list[str], sink: IO[bytes]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603
-        command,
-        cwd=place.folder / "cwd",  # neutral: Ray imports a package that lies in the working directory first
-        env={**place.env, "PYTHONUNBUFFERED": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=sink,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
 
 
 class _Metrics:

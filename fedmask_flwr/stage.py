@@ -67,9 +67,12 @@ def defaults(root: Path | None = None) -> dict[str, Scalar]:
 def toml_lines(config: Mapping[str, Scalar]) -> str:
     """Write flat scalars as TOML."""
 
+    def quoted(text: str) -> str:
+        return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
     def value(v: Scalar) -> str:
         if isinstance(v, str):
-            return json.dumps(v, ensure_ascii=False).replace("\x7f", "\\u007f")
+            return quoted(v)
         return str(v).lower() if isinstance(v, bool) else repr(v)
 
-    return "".join(f"{json.dumps(k)} = {value(v)}\n" for k, v in config.items())
+    return "".join(f"{quoted(k)} = {value(v)}\n" for k, v in config.items())

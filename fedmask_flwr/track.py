@@ -46,7 +46,14 @@ class RunDir:
         told = json.loads(json.dumps(dict(config)))
         written = path / CONFIG
         if written.exists():
-            _same_run(path, json.loads(written.read_text()), told)
+            try:
+                _same_run(path, json.loads(written.read_text()), told)
+            except ValueError as error:
+                self._lock.close()
+                raise RunDirError(f"{written} is damaged ({error}): use another folder, or --overwrite") from error
+            except RunDirError:
+                self._lock.close()
+                raise
         write_atomic(written, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
 
     def close(self) -> None:

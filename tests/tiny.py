@@ -26,11 +26,15 @@ def net(in_shape=(8,), num_classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
+def declared_config():
+    """The run config that pyproject.toml declares."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
 def run_config(**changes):
     """The declared run config, pointed at the tiny task."""
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
-    tiny = {"data": "tiny:blobs", "model": "tiny:net", "num-server-rounds": 5, "batch-size": 16, "eval-samples": 2}
-    return declared | tiny | {k.replace("_", "-"): v for k, v in changes.items()}
+    small = {"data": "tiny:blobs", "model": "tiny:net", "num-server-rounds": 5, "batch-size": 16, "eval-samples": 2}
+    return declared_config() | small | {k.replace("_", "-"): v for k, v in changes.items()}
 
 
 def equal(a, b):

@@ -94,7 +94,8 @@ def train_turn(msg: Message, context: Context) -> Message:
     optimizer = turn.optimizer(config.lr, config.optimizer)
     x, y = tensors(own.x, own.y, device)
     key = (config.seed, turn.turn.round, turn.turn.client)
-    loss = train(model, optimizer, x, y, epochs=config.local_epochs, batch_size=config.batch_size, key=key)
+    batch_size = config.batch_size or min(max(len(y) // 8, 32), 128)
+    loss = train(model, optimizer, x, y, epochs=config.local_epochs, batch_size=batch_size, key=key)
     return turn.reply(len(y), {"train_loss": loss})
 
 

@@ -81,9 +81,7 @@ class EntropyCodec(BitCodec):
     def encode(self, bits: Bits, known: SideInfo) -> bytes:
         """Write the level of each layer and the rANS stream."""
         delta = known.delta(bits)
-        ps = [
-            quantise(n, size) for n, size in zip(ones_per_layer(delta, known.sizes), known.sizes, strict=True)
-        ]
+        ps = [quantise(n, size) for n, size in zip(ones_per_layer(delta, known.sizes), known.sizes, strict=True)]
         head = np.array(ps, "<u2").tobytes()
         levels = sorted({p for p in ps if p not in (0, _ALL_ONES)})
         if not levels:
@@ -102,9 +100,7 @@ class EntropyCodec(BitCodec):
             raise WireError("entropy body is truncated within its layer headers")
         ps = [int(p) for p in np.frombuffer(body, "<u2", len(sizes))]
         levels = sorted({p for p in ps if p not in (0, _ALL_ONES)})
-        if any(_level(p) != p for p in levels) or any(
-            p and not size for p, size in zip(ps, sizes, strict=True)
-        ):
+        if any(_level(p) != p for p in levels) or any(p and not size for p, size in zip(ps, sizes, strict=True)):
             raise WireError("a layer probability of the entropy body is not one an encoder writes")
         symbols = np.empty(0, np.uint8)
         if levels:

@@ -26,7 +26,7 @@ _GREY8 = bytes([8, 0, 0, 0, 0])  # depth 8, greyscale, deflate, adaptive filters
 
 def _pillow() -> ModuleType:
     try:
-        import PIL.Image  # noqa: PLC0415 - optional at run time, and slow to import
+        import PIL.Image
     except ImportError as e:  # pragma: no cover
         raise ImportError("the '+png' codecs need Pillow: pip install pillow") from e
     return PIL.Image
@@ -34,7 +34,7 @@ def _pillow() -> ModuleType:
 
 def _zstd() -> ModuleType:
     try:
-        import zstandard  # noqa: PLC0415 - optional at run time
+        import zstandard
     except ImportError as e:  # pragma: no cover
         raise ImportError("the '+zstd' codecs need zstandard: pip install zstandard") from e
     return zstandard

@@ -62,9 +62,7 @@ class Frame:
             raise ValueError("a field name is used twice; names are unique over bits, counts and dense")
         for f in self.fields:
             if not _NAME.fullmatch(f.name):
-                raise ValueError(
-                    f"a field name is 1..255 printable ASCII characters without spaces: {f.name!r}"
-                )
+                raise ValueError(f"a field name is 1..255 printable ASCII characters without spaces: {f.name!r}")
         meta = _dump_meta(self.meta)
         parts = [
             b"".join(
@@ -144,9 +142,7 @@ def _dump_meta(meta: Mapping[str, Scalar]) -> bytes:
             raise ValueError(f"meta holds int, finite float or str under str keys, got {key!r}: {value!r}")
     raw = json.dumps(dict(meta), sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
     if len(raw) > MAX_META:
-        raise ValueError(
-            f"meta takes {len(raw)} bytes as JSON, at most {MAX_META} fit; send less, or a field"
-        )
+        raise ValueError(f"meta takes {len(raw)} bytes as JSON, at most {MAX_META} fit; send less, or a field")
     return raw
 
 

@@ -50,9 +50,7 @@ def parse(body: Body, width: int, numel: int) -> Filter:
     if not segments or span != segments * segment or length != span + 2 * segment:
         raise WireError("filter geometry does not add up")
     if len(body) != _HEAD.size + length * width:
-        raise WireError(
-            f"filter of {length} slots takes {_HEAD.size + length * width} bytes, got {len(body)}"
-        )
+        raise WireError(f"filter of {length} slots takes {_HEAD.size + length * width} bytes, got {len(body)}")
     raw = np.frombuffer(body, f"<u{width}", length, _HEAD.size)
     return Filter(seed, segment, segments, raw.astype(f"u{width}", copy=False))
 
@@ -104,7 +102,7 @@ def query(fuse: Filter, numel: int) -> Bits:
 
 def _core() -> tuple[Any, Any]:
     try:
-        from pyfusefilter._xorfilter import ffi, lib  # noqa: PLC0415 - optional, no wheel for aarch64
+        from pyfusefilter._xorfilter import ffi, lib
     except ImportError as e:  # pragma: no cover
         raise ImportError(
             "encoding 'fuse8'/'fuse16' needs pyfusefilter: pip install pyfusefilter 'xxhash<4'; "
@@ -154,9 +152,7 @@ class FuseCodec(BitCodec):
     def decode(self, body: Body, known: SideInfo) -> Bits:
         """Ask the filter for every position; WireError if its header is not valid."""
         numel = known.numel
-        delta = (
-            query(parse(body, self.width, numel), numel) if len(body) else np.zeros(nbytes(numel), np.uint8)
-        )
+        delta = query(parse(body, self.width, numel), numel) if len(body) else np.zeros(nbytes(numel), np.uint8)
         if known.reference is not None:
             delta ^= known.reference
         return delta

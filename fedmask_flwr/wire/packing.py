@@ -62,9 +62,7 @@ def pack(
     names = {**DEFAULT_CODECS, **codecs}
     for kind, name in names.items():
         if kind not in DEFAULT_CODECS or name not in codec_names(kind):
-            raise ValueError(
-                f"codec {name!r} does not code {kind!r}; use one of {', '.join(codec_names(kind))}"
-            )
+            raise ValueError(f"codec {name!r} does not code {kind!r}; use one of {', '.join(codec_names(kind))}")
     if payload.bits and known is None:
         raise ValueError("bit fields need known=SideInfo(sizes of the layers)")
     fields = [
@@ -84,9 +82,7 @@ def _pack_bits(name: str, bits: Bits, known: SideInfo, codec_name: str) -> Field
         coder, envelope = RiceCodec(), NONE
         body = coder.encode(bits, known)
     plain = PackedCodec()
-    if codec_name == AUTO and len(body) > plain.max_body(
-        known.numel, 0
-    ):  # the promise: never above 1 bit each
+    if codec_name == AUTO and len(body) > plain.max_body(known.numel, 0):  # the promise: never above 1 bit each
         coder, body = plain, plain.encode(bits, known)
     return Field(name, coder.id | envelope << 6, known.numel, wrap(body, envelope))
 
@@ -157,9 +153,7 @@ def unpack(
         body = unwrap(f.body, envelope, coder.max_body(f.numel, len(layers.sizes)))
         if isinstance(coder, BitCodec):
             if known is not None and known.numel != f.numel:
-                raise WireError(
-                    f"bit field {f.name!r} has {f.numel} bits, the layers known here {known.numel}"
-                )
+                raise WireError(f"bit field {f.name!r} has {f.numel} bits, the layers known here {known.numel}")
             bits[f.name] = coder.decode(body, layers)
         elif isinstance(coder, CountCodec):
             counts[f.name] = coder.decode(body, layers)
@@ -182,9 +176,7 @@ def _check_heads(
             "client and server use the same model, include/exclude patterns and weights source"
         )
     if round_ is not None and frame.round_ != round_:
-        raise WireError(
-            f"frame is of round {frame.round_}, expected round {round_}; a late or replayed message"
-        )
+        raise WireError(f"frame is of round {frame.round_}, expected round {round_}; a late or replayed message")
     coders: dict[str, Codec] = {}
     for f in frame.fields:
         if f.name not in expect:

@@ -38,9 +38,7 @@ def best(n: int, size: int) -> tuple[float, int]:
         if tail < 1:
             options.append((n * (k + 1 / (1 - tail)), k))
             thirds = 1 - tail * tail * tail
-            options.append(
-                (n * (k + 2 + tail / thirds - (1 - tail) / thirds + (1 - tail) / thirds), k | _THIRDS)
-            )
+            options.append((n * (k + 2 + tail / thirds), k | _THIRDS))
         tail *= tail
     return min(options)
 
@@ -186,9 +184,7 @@ def _read_gaps(
     gaps[1:] -= gaps[:-1] + 1
     done = 0
     for n, p, size in zip(counts, params, sizes, strict=True):
-        if n and int(gaps[done : done + n].max()) > size >> (
-            p & _K
-        ):  # before the shift: nothing can overflow
+        if n and int(gaps[done : done + n].max()) > size >> (p & _K):  # before the shift: nothing can overflow
             raise WireError("a rice gap is longer than its layer")
         done += n
     if third.size:

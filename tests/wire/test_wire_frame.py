@@ -136,9 +136,21 @@ def test_a_repeated_field_is_refused():
 
 
 @pytest.mark.parametrize(
-    "meta", [b"[1]", b"{}", b'{"a":true}', b'{"a":null}', b'{"a":{}}', b'{"a":1,"a":2}', b'{"a":NaN}', b'{"a":1e999}',
-             b'{"a":"\xff"}', b"[" * 4000, b'{"a":1'],
-)  # fmt: skip
+    "meta",
+    [
+        b"[1]",
+        b"{}",
+        b'{"a":true}',
+        b'{"a":null}',
+        b'{"a":{}}',
+        b'{"a":1,"a":2}',
+        b'{"a":NaN}',
+        b'{"a":1e999}',
+        b'{"a":"\xff"}',
+        b"[" * 4000,
+        b'{"a":1',
+    ],
+)
 def test_hostile_meta(meta):
     data = bytearray(Frame(DIGEST, 0, (), {}).to_bytes())
     struct.pack_into("<H", data, 17, len(meta))

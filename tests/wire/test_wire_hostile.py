@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tracemalloc
 
 import numpy as np
@@ -90,9 +91,10 @@ def small_peak(traced):
 def test_damaged_frames(kind, name, small_peak):
     rng = np.random.default_rng([*name.encode()])
     others = [frame_of(k, n, 700, seed=1)[0] for k, n in NAMES if n == name or rng.random() < 0.3]
+    honest = [frame_of(kind, name, 700, seed=i, p=p) for i in range(3) for p in (0.01, 0.05, 0.4)]
     decoded = refused = 0
     for i in range(FRAMES):
-        data, known = frame_of(kind, name, 700, seed=i % 7, p=(0.05, 0.4, 0.01)[i % 3])
+        data, known = honest[i % len(honest)]
         bad = mutate(rng, data, others[rng.integers(len(others))])
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
@@ -108,17 +110,15 @@ def test_damaged_frames(kind, name, small_peak):
 
 
 def test_damage_takes_no_more_memory_at_a_real_size(traced):
-    d = 200_000
+    d = 100_000
     peak = honest_peak(d)
     rng = np.random.default_rng(0)
     frames = [frame_of(kind, name, d) for kind, name in NAMES]
-    for i in range(300):
+    for i in range(105):
         data, known = frames[i % len(frames)]
         bad = mutate(rng, data, frames[rng.integers(len(frames))][0])
         tracemalloc.reset_peak()
         before = tracemalloc.get_traced_memory()[0]
-        try:
+        with contextlib.suppress(WireError):
             decode(bad, known, d)
-        except WireError:
-            pass
         assert tracemalloc.get_traced_memory()[1] - before <= 2 * peak + SLACK

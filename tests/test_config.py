@@ -1,0 +1,60 @@
+"""The run config: declared keys and defaults agree, wrong ones are named."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+
+from fedmask_flwr.config import ConfigError, RunConfig, load_config, method_keys
+from fedmask_flwr.methods import BUILTIN, resolve
+
+
+def test_pyproject_declares_every_key_with_its_default():
+    table = tiny.declared_config()
+    fields = {f.alias: f.default for f in RunConfig.model_fields.values()}
+    for name in BUILTIN:
+        fields |= {f.alias: f.default for f in resolve(name).Config.model_fields.values()}
+    assert table == fields
+
+
+def test_flat_config_is_split():
+    config, settings = load_config(tiny.declared_config() | {"kappa": 0.25})
+    assert config.method == "deltamask"
+    assert settings["kappa"] == 0.25
+    assert not set(settings) & {f.alias for f in RunConfig.model_fields.values()}
+
+
+def test_settings_of_other_methods_are_ignored():
+    _, settings = load_config(tiny.declared_config() | {"method": "fedavg"})
+    assert settings == {}
+    _, settings = load_config(tiny.declared_config() | {"method": "fedpm"})
+    assert "kappa" not in settings
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kapa": 1.0}, r"unknown run-config key kapa\. Did you mean kappa.*keys are: .*num-server-rounds"),
+        ({"method": "fedbm"}, "no method 'fedbm': use one of deltamask, fedavg, fedpm"),
+        ({"method": "json:loads"}, "no method"),
+        ({"method": "no_such_pkg:X"}, "cannot import"),
+        ({"codec": "gzip"}, "codec = 'gzip'.*auto.*rice"),
+        ({"fraction-train": 0.0}, "fraction-train"),
+        ({"fraction-train": 1.5}, "fraction-train"),
+        ({"kappa": 0.0}, "kappa"),
+        ({"theta0": 1.0}, "theta0"),
+        ({"seed": -1}, "seed"),
+        ({"batch-size": "many"}, "batch-size"),
+        ({"partition": "random"}, "partition.*iid"),
+        ({"ste": "wrong"}, "ste.*identity"),
+    ],
+)
+def test_bad_values_are_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(tiny.declared_config() | change)
+
+
+def test_method_keys_cover_the_built_in_methods():
+    keys = method_keys()
+    assert set(keys) == set(BUILTIN)
+    assert {"kappa", "kappa-min", "theta0"} <= keys["deltamask"]
