@@ -56,11 +56,11 @@ def test_the_readme_shows_the_real_diff():
     lines = []
     for side in ("client_app.py", "server_app.py"):
         plain, masked = ((EXAMPLES / kind / "digits" / side).read_text().splitlines() for kind in ("plain", "masked"))
-        lines += [line for line in difflib.ndiff(plain, masked) if line.startswith(("+ ", "- "))]
-    readme = (ROOT / "README.md").read_text().splitlines()
-    shown = {line.strip() for line in readme}
-    missing = [line for line in lines if "import" not in line and line.strip() not in shown]
-    assert not missing
+        lines += [line for line in difflib.unified_diff(plain, masked, n=0) if line.startswith(("+", "-"))]
+    shown = set((ROOT / "README.md").read_text().splitlines())
+    changed = [line for line in lines if "import" not in line and not line.startswith(("+++", "---"))]
+    assert len(changed) == 16
+    assert [line for line in changed if line not in shown] == []
 
 
 def test_only_the_apps_differ():
