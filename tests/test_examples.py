@@ -55,7 +55,9 @@ def test_example_learns(name, bits, example, monkeypatch):
 def test_the_readme_shows_the_real_diff():
     lines = []
     for side in ("client_app.py", "server_app.py"):
-        plain, masked = ((EXAMPLES / kind / "digits" / side).read_text().splitlines() for kind in ("plain", "masked"))
+        plain, masked = (
+            (EXAMPLES / kind / "digits" / side).read_text().splitlines() for kind in ("plain", "masked")
+        )
         lines += [line for line in difflib.unified_diff(plain, masked, n=0) if line.startswith(("+", "-"))]
     shown = set((ROOT / "README.md").read_text().splitlines())
     changed = [line for line in lines if "import" not in line and not line.startswith(("+++", "---"))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.common.logger import log
 
 from fedmask_flwr.methods import Method, Turn, Update
-from fedmask_flwr.wire import BitCodec, Payload, WireError
+from fedmask_flwr.wire import BitCodec, Payload, SideInfo, WireError
 
 from .records import ARRAYS, METRICS, flower_bytes, frame_of, read_frame
 
@@ -31,15 +31,12 @@ class Ledger:
     accepted: int = 0
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
-    def send(self, messages: Sequence[Message], frame: bytes) -> None:
-        """Count what goes out to train; every message carries ``frame``."""
-        self.sent = len(messages)
-        self.spend(messages, frame)
-
-    def spend(self, messages: Sequence[Message], frame: bytes) -> None:
+    def spend(self, messages: Sequence[Message]) -> None:
         """Count downlink bytes."""
-        self.downlink += len(frame) * len(messages)
-        self.flower_downlink += sum(flower_bytes(m.content, len(frame)) for m in messages)
+        for message in messages:
+            size = len(frame_of(message.content.array_records[ARRAYS]))
+            self.downlink += size
+            self.flower_downlink += flower_bytes(message.content, size)
 
     def line(self, numel: int) -> dict[str, float]:
         """The round's figures; bits per parameter are a client's mean over d = ``numel`` parameters."""
@@ -60,15 +57,17 @@ def read_updates(
     sent: Sequence[Message],
     *,
     method: Method[Any],
-    got: Payload,
+    told: Callable[[int], Payload],
+    clients: Mapping[int, int],
     digest: bytes,
     turn: Turn,
     ledger: Ledger,
 ) -> Iterator[Update]:
     """Decode replies one at a time, in the order of their client numbers, so that a run repeats exactly.
 
-    ``turn`` carries the round's seed; its client is replaced by each reply's. An error reply, an unreadable
-    frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised.
+    ``told(client)`` is what that client was broadcast, ``clients`` the numbers of the nodes that were asked for
+    theirs. ``turn`` carries the round's seed; its client is replaced by each reply's. An error reply, an
+    unreadable frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised.
     """
     node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
     by_client: dict[int, Message] = {}
@@ -80,6 +79,8 @@ def read_updates(
             continue
         try:
             client = _integer(reply, "client")
+            if clients.get(node, client) != client:
+                raise WireError(f"it answers as client {client}, but said it was client {clients[node]}")
             if client in by_client:
                 raise WireError(f"client {client} answered twice: give each node its own client-id")
             by_client[client] = reply
@@ -88,7 +89,8 @@ def read_updates(
     for client in sorted(by_client):
         reply = by_client[client]
         try:
-            yield _read(reply, client, method, got, digest, turn, ledger)
+            mine = Turn(turn.seed, turn.round, turn.rounds, client)
+            yield _read(reply, mine, method, method.known(told(client), mine), digest, ledger)
         except WireError as error:
             log(WARNING, "reply of client %d dropped: %s", client, error)
     if len(replies) < len(sent):  # Flower says nothing of these
@@ -96,14 +98,12 @@ def read_updates(
 
 
 def _read(
-    reply: Message, client: int, method: Method[Any], got: Payload, digest: bytes, turn: Turn, ledger: Ledger
+    reply: Message, turn: Turn, method: Method[Any], known: SideInfo | None, digest: bytes, ledger: Ledger
 ) -> Update:
     frame = frame_of(reply.content.array_records.get(ARRAYS))
     ledger.uplink += len(frame)
     ledger.flower_uplink += flower_bytes(reply.content, len(frame))
     examples = _integer(reply, "num-examples")
-    mine = Turn(turn.seed, turn.round, turn.rounds, client)
-    known = method.known(got, mine)
     received = read_frame(frame, method, "up", digest=digest, round_=turn.round, known=known)
     metrics = reply.content.metric_records[METRICS]
     ledger.ok += 1
@@ -112,7 +112,7 @@ def _read(
         (examples, {k: float(v) for k, v in metrics.items() if isinstance(v, float) and math.isfinite(v)})
     )
     flips = (codec.flip_rate for codec in received.codecs.values() if isinstance(codec, BitCodec))
-    return Update(client, received.payload, float(examples), max(flips, default=0.0))
+    return Update(turn.client, received.payload, float(examples), max(flips, default=0.0))
 
 
 def _integer(reply: Message, name: str) -> int:

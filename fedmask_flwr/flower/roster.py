@@ -26,7 +26,7 @@ class Roster:
 
     def __init__(self, *, min_nodes: int, node_timeout: float, seed: int) -> None:
         self.min_nodes, self.node_timeout, self.seed = min_nodes, node_timeout, seed
-        self._clients: dict[int, int] = {}
+        self.clients: dict[int, int] = {}
 
     def wait(self, grid: Grid) -> list[int]:
         """Wait for ``min_nodes`` nodes and return all node ids.
@@ -55,20 +55,21 @@ class Roster:
         size = min(len(nodes), max(self.min_nodes, round(fraction * len(nodes))))
         if size == len(nodes):
             return nodes
-        self._identify(grid, [node for node in nodes if node not in self._clients])
-        nodes.sort(key=lambda node: self._clients[node])
+        self.identify(grid, nodes)
+        nodes.sort(key=lambda node: self.clients[node])
         order = permutation(derive(self.seed, purpose, server_round), len(nodes))
         return [nodes[i] for i in order[:size]]
 
-    def _identify(self, grid: Grid, nodes: Sequence[int]) -> None:
-        if not nodes:
+    def identify(self, grid: Grid, nodes: Sequence[int]) -> None:
+        """Learn the client numbers of ``nodes`` into ``clients``; each node is asked once."""
+        asked = [Message(RecordDict(), node, "query") for node in nodes if node not in self.clients]
+        if not asked:
             return
-        asked = [Message(RecordDict(), node, "query") for node in nodes]
         for reply in grid.send_and_receive(asked, timeout=self.node_timeout):
             record = None if reply.has_error() else reply.content.metric_records.get(METRICS)
             if record is not None and isinstance(record.get("client"), int):
-                self._clients[reply.metadata.src_node_id] = int(str(record["client"]))
+                self.clients[reply.metadata.src_node_id] = int(str(record["client"]))
         for node in nodes:
-            if node not in self._clients:
+            if node not in self.clients:
                 log(WARNING, "node %d did not tell its client number: it counts under its node id", node)
-                self._clients[node] = node
+                self.clients[node] = node

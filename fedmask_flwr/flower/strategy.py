@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -16,11 +17,11 @@ from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Turn, resolve
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import SideInfo, pack
+from fedmask_flwr.wire import Payload, SideInfo, pack
 
 from .client import count_floats
 from .ledger import Ledger, read_updates, weighted_means
-from .records import AS_BUILT, Plan, frame_of, read_frame
+from .records import AS_BUILT, Plan, frame_of, frame_record, read_frame
 from .roster import Roster
 
 INFO, ERROR = 20, 40
@@ -92,10 +93,6 @@ class MaskStrategy(Strategy):
 
     # What the state looks like from outside
 
-    def frame(self, server_round: int) -> bytes:
-        """The frame that clients of ``server_round`` receive."""
-        return self._pack(self.method.broadcast(self.state), server_round)
-
     def result_frame(self, server_round: int) -> bytes:
         """The final mask (or weights) as one frame that can be read without this strategy."""
         payload = self.method.result(self.state)
@@ -130,11 +127,9 @@ class MaskStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message a sampled node, each with records of its own."""
-        nodes = self.roster.sample(grid, self.fraction_train, "train", server_round)
-        frame = self.frame(server_round)
-        self._sent = [self._message(node, "train", server_round, frame, config) for node in nodes]
-        self.ledger = Ledger()
-        self.ledger.send(self._sent, frame)
+        self._sent = self._messages(grid, "train", self.fraction_train, server_round, config)
+        self.ledger = Ledger(sent=len(self._sent))
+        self.ledger.spend(self._sent)
         return self._sent
 
     def aggregate_train(
@@ -145,7 +140,8 @@ class MaskStrategy(Strategy):
             list(replies),
             self._sent,
             method=self.method,
-            got=self.method.broadcast(self.state),
+            told=self._told(),
+            clients=self.roster.clients,
             digest=self.digest,
             turn=Turn(self.plan.seed, server_round, self.plan.rounds, 0),
             ledger=self.ledger,
@@ -160,10 +156,8 @@ class MaskStrategy(Strategy):
         """The new state to a sample of nodes; none by default, since it doubles the downlink."""
         if self.fraction_evaluate == 0.0:
             return []
-        nodes = self.roster.sample(grid, self.fraction_evaluate, "evaluate", server_round)
-        frame = self.frame(server_round)
-        messages = [self._message(node, "evaluate", server_round, frame, config) for node in nodes]
-        self.ledger.spend(messages, frame)
+        messages = self._messages(grid, "evaluate", self.fraction_evaluate, server_round, config)
+        self.ledger.spend(messages)
         return messages
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
@@ -232,20 +226,38 @@ class MaskStrategy(Strategy):
 
     # Inside
 
-    def _pack(self, payload: Any, server_round: int, **meta: str) -> bytes:
+    def _pack(self, payload: Payload, server_round: int, **meta: str) -> bytes:
         if meta:
-            payload = type(payload)(payload.bits, payload.counts, payload.dense, {**payload.meta, **meta})
+            payload = Payload(payload.bits, payload.counts, payload.dense, {**payload.meta, **meta})
         codecs = self.method.codecs
         known = SideInfo(self.spec.sizes)
         return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=codecs)
 
     def _arrays(self, server_round: int) -> ArrayRecord:
-        return self.plan.record(server_round, self.frame(server_round), self.method.numel).array_records["arrays"]
+        frame = self._pack(self.method.broadcast(self.state), server_round)
+        return frame_record(frame, self.method.numel)
 
-    def _message(self, node: int, kind: str, server_round: int, frame: bytes, config: Mapping[str, Any]) -> Message:
-        content = self.plan.record(server_round, frame, self.method.numel)
-        content.config_records["config"].update(config)
-        return Message(content, node, kind)
+    def _told(self) -> Callable[[int], Payload]:
+        """What each client was, or will be, broadcast in this round."""
+        if self.method.personal:
+            return partial(self.method.broadcast, self.state)
+        same = self.method.broadcast(self.state)
+        return lambda _: same
+
+    def _messages(
+        self, grid: Grid, kind: str, fraction: float, server_round: int, config: Mapping[str, Any]
+    ) -> list[Message]:
+        nodes = self.roster.sample(grid, fraction, kind, server_round)
+        if self.method.personal:
+            self.roster.identify(grid, nodes)
+        told, frame, messages = self._told(), b"", []
+        for node in nodes:
+            if self.method.personal or not frame:
+                frame = self._pack(told(self.roster.clients.get(node, node)), server_round)
+            content = self.plan.record(server_round, frame, self.method.numel)  # one each: Flower may edit it
+            content.config_records["config"].update(config)
+            messages.append(Message(content, node, kind))
+        return messages
 
     def _resume(self) -> int:
         if self.run_dir is None:

@@ -76,9 +76,7 @@ class Backbone:
         seed = _SEED.fullmatch(self.source)
         if seed and (seed["scale"] or "signed_e") not in _SCALES:
             raise ValueError(f"unknown scale in source {self.source!r}: {_GRAMMAR}")
-        if not (
-            seed or _FILE.fullmatch(self.source) or (self.source == "torchvision:DEFAULT" and arch["name"])
-        ):
+        if not (seed or _FILE.fullmatch(self.source) or (self.source == "torchvision:DEFAULT" and arch["name"])):
             raise ValueError(f"malformed source {self.source!r} for arch {self.arch!r}: {_GRAMMAR}")
 
     def build(self) -> nn.Module:
@@ -110,26 +108,24 @@ class Backbone:
             except TypeError as error:
                 raise ValueError(f"{self.arch} could not be built with options {options}: {error}") from error
         if not isinstance(model, nn.Module):
-            raise ValueError(f"{self.arch} returned {type(model).__name__}, not an nn.Module")  # noqa: TRY004
+            raise ValueError(f"{self.arch} returned {type(model).__name__}, not an nn.Module")
         return model
 
     def _builder(self) -> Callable[..., Any]:
         arch = _ARCH.fullmatch(self.arch)
         assert arch is not None  # __post_init__ has checked the grammar
         if arch["name"]:
-            from torchvision.models import get_model, list_models  # noqa: PLC0415  (seconds to import)
+            from torchvision.models import get_model, list_models
 
             if arch["name"] not in list_models():
-                raise ValueError(
-                    f"torchvision has no model {arch['name']!r}: see torchvision.models.list_models()"
-                )
+                raise ValueError(f"torchvision has no model {arch['name']!r}: see torchvision.models.list_models()")
             return partial(get_model, arch["name"])
         try:
             builder = getattr(import_module(arch["module"]), arch["builder"])
         except (ImportError, AttributeError) as error:
             raise ValueError(f"cannot import {self.arch}: {error}") from error
         if not callable(builder):
-            raise ValueError(f"{self.arch} is not callable: name a function or class")  # noqa: TRY004
+            raise ValueError(f"{self.arch} is not callable: name a function or class")
         return builder  # type: ignore[no-any-return]
 
     def _pretrained(self) -> nn.Module:
@@ -166,9 +162,7 @@ def initialise(model: nn.Module, source: str) -> None:
         try:
             model.load_state_dict(state, strict=True)
         except RuntimeError as error:
-            raise ValueError(
-                f"checkpoint {match['path']} does not fit {type(model).__name__}: {error}"
-            ) from error
+            raise ValueError(f"checkpoint {match['path']} does not fit {type(model).__name__}: {error}") from error
     else:
         raise ValueError(f"malformed source {source!r}: {_GRAMMAR}")
 
@@ -206,15 +200,13 @@ def _read(path: Path, sha: str) -> dict[str, Tensor]:
     with path.open("rb") as file:
         found = file_digest(file, "sha256").hexdigest()
     if found != sha:
-        raise ValueError(
-            f"checkpoint {path} has SHA-256 {found}, expected {sha}: it is another file or damaged"
-        )
+        raise ValueError(f"checkpoint {path} has SHA-256 {found}, expected {sha}: it is another file or damaged")
     if path.suffix in (".pt", ".pth", ".th"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
             state = state["state_dict"]
     elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # noqa: PLC0415  (only this source needs it)
+        from safetensors.torch import load_file
 
         state = load_file(path)
     else:

@@ -65,9 +65,7 @@ def derive(*parts: int | str | bytes) -> Key:
     (also ``1`` against ``"1"``) gives an unrelated one.
     """
     digest = blake2b(encode(*parts), digest_size=8).digest()
-    return Key(
-        int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True)
-    )
+    return Key(int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True))
 
 
 def _mix_(x: Words, t: Words) -> None:
@@ -102,9 +100,7 @@ def check_range(n: int, start: int) -> None:
     if n < 0 or start < 0:
         raise ValueError(f"n and start must not be negative, got n={n}, start={start}")
     if start + n > _COUNTERS:
-        raise ValueError(
-            f"a key has 2**32 words, asked for words {start}..{start + n - 1}: derive another key"
-        )
+        raise ValueError(f"a key has 2**32 words, asked for words {start}..{start + n - 1}: derive another key")
 
 
 class Scratch:

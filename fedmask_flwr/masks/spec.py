@@ -51,9 +51,7 @@ class MaskSpec:
         if not self.names or len(self.names) != len(self.shapes) or len(set(self.names)) != len(self.names):
             raise ValueError("a mask needs at least one name, each once, and one shape for each name")
         if any(len(shape) < 2 or prod(shape) < 1 for shape in self.shapes):
-            raise ValueError(
-                f"masked parameters have 2 or more dimensions and no empty one, got {self.shapes}"
-            )
+            raise ValueError(f"masked parameters have 2 or more dimensions and no empty one, got {self.shapes}")
 
     @classmethod
     def of(
@@ -78,9 +76,7 @@ class MaskSpec:
         """
         parameters = list(named_parameters(model))
         candidates = [
-            (name, tuple(p.shape))
-            for name, p in parameters
-            if p.ndim >= 2 and p.numel() and p.is_floating_point()
+            (name, tuple(p.shape)) for name, p in parameters if p.ndim >= 2 and p.numel() and p.is_floating_point()
         ]
         listing = ", ".join(name for name, _ in candidates) or "none"
         include, exclude = _patterns(include), _patterns(exclude)
@@ -97,9 +93,7 @@ class MaskSpec:
             if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
         ]
         if not taken:
-            raise ValueError(
-                f"include={include} exclude={exclude} leave nothing to mask; candidates: {listing}"
-            )
+            raise ValueError(f"include={include} exclude={exclude} leave nothing to mask; candidates: {listing}")
         return cls(tuple(name for name, _ in taken), tuple(shape for _, shape in taken), granularity)
 
     @property
@@ -154,9 +148,7 @@ class MaskSpec:
             `flat` is not a vector of `weights` values.
         """
         if flat.shape != (self.weights,):
-            raise ValueError(
-                f"expected a flat vector of {self.weights} weights, got shape {tuple(flat.shape)}"
-            )
+            raise ValueError(f"expected a flat vector of {self.weights} weights, got shape {tuple(flat.shape)}")
         return self._views(flat, self.shapes)
 
     def _views(self, flat: Tensor, shapes: tuple[tuple[int, ...], ...]) -> dict[str, Tensor]:

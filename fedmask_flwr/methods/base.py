@@ -94,6 +94,7 @@ class Method(ABC, Generic[S]):
     name: ClassVar[str]
     State: ClassVar[type[Any]]
     Config: ClassVar[type[MethodConfig]]
+    personal: ClassVar[bool] = False  # True: every node is asked for its client number before it is told anything
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")
     codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
 
@@ -132,8 +133,11 @@ class Method(ABC, Generic[S]):
         """Return the state before round 1."""
 
     @abstractmethod
-    def broadcast(self, state: S) -> Payload:
-        """Return what the round's clients are told."""
+    def broadcast(self, state: S, client: int | None = None) -> Payload:
+        """Return what a client is told: the same for all, unless the method is ``personal``.
+
+        None stands for the server itself, which evaluates what it is told.
+        """
 
     @abstractmethod
     def aggregate(self, state: S, updates: Iterable[Update]) -> S:

@@ -103,7 +103,7 @@ class BetaMethod(Method[BetaState], ABC):
         """No votes: theta is theta0."""
         return BetaState(np.zeros(self.numel, np.uint32), 0, 0, 0.0)
 
-    def broadcast(self, state: BetaState) -> Payload:
+    def broadcast(self, state: BetaState, client: int | None = None) -> Payload:
         """Integer counts, never floats; nothing at all before the first votes."""
         if state.total == 0:
             return Payload()

@@ -68,7 +68,7 @@ class FedAvg(Method[DenseState]):
         """Nothing learned: clients start from the backbone's own weights."""
         return DenseState(np.zeros(0, np.float32))
 
-    def broadcast(self, state: DenseState) -> Payload:
+    def broadcast(self, state: DenseState, client: int | None = None) -> Payload:
         """The averaged weights."""
         return Payload(dense={"weights": state.weights}) if state.weights.size else Payload()
 

@@ -324,3 +324,25 @@ def test_delta_mask_with_everything_sent_is_fedpm_at_a_fraction(tmp_path):
     masks = [(tmp_path / d / "mask.fedmask").read_bytes() for d in ("pm", "delta")]
     assert masks[0] == masks[1]
     assert sum(b["uplink_bytes"] for b in delta) < sum(a["uplink_bytes"] for a in pm) / 3
+
+
+def test_a_personal_method_tells_each_client_its_own(tmp_path):
+    lines, grid = run(tmp_path / "run", 3, method="personal:Personal", num_server_rounds=3)
+    assert [line["clients_ok"] for line in lines] == [3, 3, 3]
+    kinds = [m.metadata.message_type for m in grid.messages]
+    assert kinds == ["query"] * 3 + ["train"] * 9
+    told = [bytes(frame_of(m)) for m in grid.messages[-3:]]
+    assert len(set(told)) == 3
+    run(tmp_path / "cut", 3, method="personal:Personal", num_server_rounds=3, stop_after=2)
+    run(tmp_path / "cut", 3, method="personal:Personal", num_server_rounds=3, first_node=7000)
+    assert (tmp_path / "cut/mask.fedmask").read_bytes() == (tmp_path / "run/mask.fedmask").read_bytes()
+
+
+def test_a_node_cannot_answer_as_another_client(tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            reply.content.metric_records["metrics"]["client"] = 0
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method="personal:Personal", num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (2, 1)

@@ -117,9 +117,7 @@ def test_params_of_another_model():
     with pytest.raises(ValueError, match=r"no parameter '0\.weight'"):
         spec.params(Tied())
     other = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 3))
-    with pytest.raises(
-        ValueError, match=r"'0\.weight' has shape \(4, 3, 3, 3\), the mask is for \(4, 2, 3, 3\)"
-    ):
+    with pytest.raises(ValueError, match=r"'0\.weight' has shape \(4, 3, 3, 3\), the mask is for \(4, 2, 3, 3\)"):
         spec.params(other)
 
 

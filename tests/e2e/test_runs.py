@@ -1,0 +1,149 @@
+"""Whole runs through Flower's own runtime, as a user starts them. Every shell command of the README is here."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_docs import commands
+
+from fedmask_flwr.sandbox import scripts
+from fedmask_flwr.wire import Frame
+
+ROOT = Path(__file__).parents[2]
+MNIST = ROOT.parent / "shared/data/mnist"
+pytestmark = [pytest.mark.slow, pytest.mark.flower]
+
+
+def shell(command, timeout=600, **env):
+    """Run a command of the README in the checkout, with the test's own environment's programs first."""
+    path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        command.split(), cwd=ROOT, env={**os.environ, "PATH": path, **env}, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def fedmask(options, out):
+    done = shell(f"fedmask run {options} --out {out} --overwrite", timeout=1200)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def mean_bpp(lines):
+    return float(np.mean([line["uplink_bpp"] for line in lines]))
+
+
+def test_demo():
+    began = time.monotonic()
+    done = shell("make demo", timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.monotonic() - began < 240
+    lines = [json.loads(line) for line in (ROOT / "runs/demo/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 20
+    assert lines[-1]["accuracy_threshold"] >= 0.93
+    assert mean_bpp(lines) <= 0.25
+    assert all(line["clients_ok"] == 10 and line["clients_failed"] == 0 for line in lines)
+
+
+def test_readme_commands():
+    """FedPM on digits, then a look at its mask: the very lines of the README."""
+    done = {line: shell(line) for line in commands() if line.startswith("fedmask")}
+    assert len(done) == 2
+    for line, result in done.items():
+        assert result.returncode == 0, line + result.stdout + result.stderr
+    lines = [json.loads(line) for line in (ROOT / "runs/fedpm/metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["accuracy_threshold"] >= 0.93
+    assert mean_bpp(lines) <= 1.01
+    inspected = next(result.stdout for line, result in done.items() if "inspect" in line)
+    assert "density" in inspected
+
+
+def processes(mark, program):
+    """Pids of a run's processes by command name, found by an environment variable they inherit."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                if program in (entry / "cmdline").read_bytes().decode():
+                    found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def test_a_killed_server_resumes_bit_for_bit(tmp_path):
+    options = "--method deltamask --data digits --clients 4 --rounds 8 --local-epochs 1"
+    whole = fedmask(options, tmp_path / "whole")
+    mark, out = uuid.uuid4().hex, tmp_path / "cut"
+    command = [str(scripts() / "fedmask"), "run", *options.split(), "--out", str(out)]
+    run = subprocess.Popen(command, env={**os.environ, "E2E_MARK": mark}, stdout=subprocess.DEVNULL)
+    metrics = out / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        assert run.poll() is None
+        time.sleep(0.05)
+    for pid in processes(mark, "flwr-simulation"):
+        os.kill(pid, signal.SIGKILL)
+    assert run.wait(120) == 1
+    assert processes(mark, "") == []
+    assert metrics.read_text().count("\n") < 8
+    again = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stdout + again.stderr
+    for name in ("mask.fedmask", "checkpoint.safetensors"):
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    same = [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+    assert same == [{k: v for k, v in line.items() if k != "seconds"} for line in whole]
+
+
+def test_flwr_run_does_the_same_thing(tmp_path):
+    """``flwr run .`` from the checkout, in a FLWR_HOME and on ports of its own, ends with fedmask run's mask."""
+    changes = {"num-server-rounds": 3, "local-epochs": 1}
+    ours = fedmask("--clients 2 -c num-server-rounds=3 -c local-epochs=1", tmp_path / "ours")
+    mark = uuid.uuid4().hex
+    env = {
+        "E2E_MARK": mark, "FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "49391", "FLWR_LOCAL_CONTROL_API_PORT": "49393", "SPT_NOENV": "1",
+    }  # fmt: skip
+    (config := tmp_path / "run.toml").write_text(
+        "".join(f"{k} = {v}\n" for k, v in changes.items()) + f'out = "{tmp_path / "theirs"}"\n'
+    )
+    (readme,) = [line for line in commands() if line.startswith("flwr run")]
+    sizes = "num-supernodes=2 client-resources-num-cpus=1"
+    try:
+        path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
+        done = subprocess.run(
+            [*readme.split(), "--federation-config", sizes, "--run-config", str(config)],
+            cwd=ROOT, env={**os.environ, **env, "PATH": path}, capture_output=True, text=True, check=False, timeout=300,
+        )  # fmt: skip
+        mask = tmp_path / "theirs/mask.fedmask"
+        assert mask.exists(), done.stdout + done.stderr
+        assert mask.read_bytes() == (tmp_path / "ours/mask.fedmask").read_bytes()
+        assert len(ours) == 3
+    finally:
+        while left := processes(mark, ""):
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("seed", [1])
+def test_mnist(seed, tmp_path):
+    """One seed of the three in benchmarks/results/mnist.json."""
+    assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
+    options = (
+        f"--method deltamask --data mnist --data-dir {MNIST} --model mlp --clients 10 --rounds 30 --local-epochs 3"
+    )
+    lines = fedmask(f"{options} --seed {seed}", tmp_path / "run")
+    assert lines[-1]["accuracy_threshold"] >= 0.96
+    assert mean_bpp(lines) <= 0.2
+    frame = Frame.parse((tmp_path / "run/mask.fedmask").read_bytes())
+    assert frame.fields[0].numel == 266_200
