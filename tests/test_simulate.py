@@ -21,7 +21,6 @@ from hypothesis import strategies as st
 from fedmask_flwr import reaper, sandbox, simulate, stage
 
 REPO = Path(__file__).resolve().parents[1]
-TOKEN = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
@@ -126,27 +125,37 @@ def test_metrics_follow_appends_cuts_and_replacement(tmp_path):
 
 # The sandbox, with plain processes
 
-ESCAPE = "import os, time\nif os.fork(): os._exit(0)\nos.setsid()\nif os.fork(): os._exit(0)\ntime.sleep(600)\n"
+ESCAPE = """
+import os, sys, time
+if os.fork(): os._exit(0)
+os.setsid()
+if os.fork(): os._exit(0)
+with open(sys.argv[1] + ".new", "w") as f: f.write(str(os.getpid()))
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+time.sleep(600)
+"""
 
 
-def test_sandbox_ends_daemons_and_deletes_its_folder(token):
+def escape(said, **how):
+    """Start a daemon that left its session and its parent; give its process id."""
+    subprocess.run([sys.executable, "-c", ESCAPE, str(said)], check=True, **how)
+    return int(standin.wait_for(said))
+
+
+def test_sandbox_ends_daemons_and_deletes_its_folder(tmp_path, token):
     with sandbox.sandbox("1", "") as place:
-        subprocess.run([sys.executable, "-c", ESCAPE], env=dict(place.env), check=True)
+        tagged = escape(tmp_path / "a", env=dict(place.env))
         # Recognised by its working directory alone: its environment is empty.
-        subprocess.run([sys.executable, "-c", ESCAPE], env={}, cwd=place.folder / "cwd", check=True)
-        for _ in range(100):
-            if len(place.alive()) == 2:
-                break
-            time.sleep(0.05)
-        assert len(place.alive()) == 2
+        inside = escape(tmp_path / "b", env={}, cwd=place.folder / "cwd")
+        assert place.alive() == sorted([tagged, inside])
         assert place.env["FLWR_HOME"].startswith(str(place.folder))
     assert not place.folder.exists()
     assert reaper.tagged(token, str(place.folder)) == []
 
 
-def test_sandbox_cleans_after_an_error(token):
+def test_sandbox_cleans_after_an_error(tmp_path, token):
     with pytest.raises(ZeroDivisionError), sandbox.sandbox("1", "") as place:
-        subprocess.run([sys.executable, "-c", ESCAPE], env=dict(place.env), check=True)
+        escape(tmp_path / "a", env=dict(place.env))
         _ = 1 / 0
     assert reaper.tagged(token, "") == []
     assert not place.folder.exists()
@@ -158,31 +167,32 @@ from pathlib import Path
 from fedmask_flwr import sandbox
 sandbox.secrets.token_hex = lambda n: sys.argv[1]
 with sandbox.stop_signals(), sandbox.sandbox("1", "") as place:
-    subprocess.run([sys.executable, "-c", sys.argv[3]], env=dict(place.env), check=True)
-    Path(sys.argv[2]).write_text(str(place.folder))
+    said = Path(sys.argv[2])
+    subprocess.run([sys.executable, "-c", sys.argv[3], str(said / "pid")], env=dict(place.env), check=True)
+    while not (said / "pid").exists():
+        time.sleep(0.01)
+    (said / "new").write_text(str(place.folder))
+    (said / "new").rename(said / "folder")
     time.sleep(600)
 """
 
 
 @pytest.mark.parametrize(("number", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", -2), ("SIGKILL", -9)])
 def test_signals_leave_nothing(tmp_path, token, number, code):
-    said = tmp_path / "said"
     owner = subprocess.Popen(
-        [sys.executable, "-c", OWNER, token, str(said), ESCAPE], stderr=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-c", OWNER, token, str(tmp_path), ESCAPE], stderr=subprocess.PIPE, start_new_session=True
     )
-    folder = standin.wait_for(said)
-    assert reaper.tagged(token, folder) != []
+    folder = standin.wait_for(tmp_path / "folder")
+    assert int((tmp_path / "pid").read_text()) in reaper.tagged(token, folder)
     owner.send_signal(getattr(signal, number))
     owner.communicate(timeout=30)
     assert owner.returncode == code
     assert standin.wait_gone(token, folder) == []
-    watchdog_done = threading.Event()
-    for _ in range(100):
+    for _ in range(200):  # the watchdog deletes it after its last look
         if not Path(folder).exists():
-            watchdog_done.set()
             break
-        watchdog_done.wait(0.1)
-    assert watchdog_done.is_set()
+        time.sleep(0.05)
+    assert not Path(folder).exists()
 
 
 # The runner, with executables that only look like Flower's
@@ -202,7 +212,6 @@ def fake(tmp_path, monkeypatch, token):
             )
         finally:
             assert reaper.tagged(token, "") == []
-            assert not list(Path("/tmp").glob(f"fedmask-{token}*"))
         return rows
 
     run.log = tmp_path / "out" / "flower.log"
