@@ -46,7 +46,7 @@ flwr141: $(VENV141)/.done ## the Flower-facing tests on flwr 1.41
 	$(VENV141)/bin/python -m pytest -m "flower and not slow"
 
 fab: install ## build the Flower App Bundle into dist/
-	$(BIN)/python -c "from fedmask_flwr.simulate import build_fab; print(build_fab('dist'))"
+	mkdir -p dist && cd dist && $(CURDIR)/$(BIN)/flwr build --app $(CURDIR)
 
 bench: install ## the benchmarks behind every figure of the README
 	$(BIN)/python benchmarks/codecs.py

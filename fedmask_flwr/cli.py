@@ -85,7 +85,7 @@ def run(
 
     Exit code 0: completed. 1: the run failed. 2: a wrong option or folder, nothing was started.
     """
-    from fedmask_flwr import launch
+    from fedmask_flwr.simulation import launch
 
     given = {
         "method": method,

@@ -47,7 +47,7 @@ class RunDir:
         written = path / CONFIG
         if written.exists():
             try:
-                _same_run(path, json.loads(written.read_text()), told)
+                same_run(path, json.loads(written.read_text()), told)
             except ValueError as error:
                 self._lock.close()
                 raise RunDirError(f"{written} is damaged ({error}): use another folder, or --overwrite") from error
@@ -107,7 +107,8 @@ class RunDir:
         plot_curve(self.metrics(), self.path / CURVE)
 
 
-def _same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:
+def same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:
+    """Raise ``RunDirError`` when two run configs compute different things, naming the keys."""
     keys = sorted((set(written) | set(told)) - WHERE_NOT_WHAT)
     other = [f"{k}: {written.get(k)!r} then, {told.get(k)!r} now" for k in keys if written.get(k) != told.get(k)]
     if other:

@@ -7,7 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from fedmask_flwr import reaper
+from fedmask_flwr.simulation import reaper
 
 LICENSE = Path(__file__).resolve().parents[1] / "LICENSE"
 

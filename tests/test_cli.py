@@ -15,9 +15,9 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedmask_flwr import __version__, launch, reaper, sandbox, show, stage
+from fedmask_flwr import __version__, show
 from fedmask_flwr.cli import app
-from fedmask_flwr.simulate import SimulationError
+from fedmask_flwr.simulation import SimulationError, launch, reaper, sandbox, stage
 from fedmask_flwr.wire import Field, Frame, Payload, SideInfo, codec, pack, pack_bits
 
 LINE = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_docs import commands
 
-from fedmask_flwr.sandbox import scripts
+from fedmask_flwr.simulation.sandbox import scripts
 from fedmask_flwr.wire import Frame
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +71,9 @@ def processes(mark, program):
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
-                if program in (entry / "cmdline").read_bytes().decode():
-                    found.append(int(entry.name))
+            ours = entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes()
+            if ours and program in (entry / "cmdline").read_bytes().decode():
+                found.append(int(entry.name))
         except OSError:
             continue
     return found
@@ -139,10 +139,8 @@ def test_flwr_run_does_the_same_thing(tmp_path):
 def test_mnist(seed, tmp_path):
     """One seed of the three in benchmarks/results/mnist.json."""
     assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
-    options = (
-        f"--method deltamask --data mnist --data-dir {MNIST} --model mlp --clients 10 --rounds 30 --local-epochs 3"
-    )
-    lines = fedmask(f"{options} --seed {seed}", tmp_path / "run")
+    options = f"--data mnist --data-dir {MNIST} --model mlp --clients 10 --rounds 30 --local-epochs 3"
+    lines = fedmask(f"--method deltamask {options} --seed {seed}", tmp_path / "run")
     assert lines[-1]["accuracy_threshold"] >= 0.96
     assert mean_bpp(lines) <= 0.2
     frame = Frame.parse((tmp_path / "run/mask.fedmask").read_bytes())

@@ -2,7 +2,7 @@
 
 `flwr run` submits and returns: it exits 0 when the run fails, and the SuperLink it starts lives on with the
 environment and the code of whoever came first. Here every run has its own SuperLink, FLWR_HOME, port and Ray
-session in one temporary folder, and a watchdog (`fedmask_flwr.reaper`) that ends all of it.
+session in one temporary folder, and a watchdog (`reaper`) that ends all of it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmask_flwr.sandbox import Interrupted, Sandbox, sandbox, scripts, stop_signals
-from fedmask_flwr.stage import Scalar, stage, toml_lines
+from fedmask_flwr.simulation.sandbox import Interrupted, Sandbox, sandbox, scripts, stop_signals
+from fedmask_flwr.simulation.stage import Scalar, stage, toml_lines
 
 __all__ = ["LOG", "Interrupted", "SimulationError", "run"]
 

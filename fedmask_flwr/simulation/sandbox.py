@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from fedmask_flwr import reaper
+from fedmask_flwr.simulation import reaper
 
 __all__ = ["Interrupted", "LeftoverError", "Sandbox", "sandbox", "scripts", "stop_signals"]
 

@@ -18,9 +18,9 @@ import standin
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmask_flwr import reaper, sandbox, simulate, stage
+from fedmask_flwr.simulation import reaper, runtime, sandbox, stage
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def test_toml_lines(config):
 def test_metrics_follow_appends_cuts_and_replacement(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"round": 1, "s": 1}\n')
-    feed = simulate._Metrics(path)
+    feed = runtime._Metrics(path)
     assert feed.new() == []
     with path.open("a") as f:
         f.write('{"round": 2, "s": 1}\n{"round": 3')
@@ -164,7 +164,7 @@ def test_sandbox_cleans_after_an_error(tmp_path, token):
 OWNER = """
 import subprocess, sys, time
 from pathlib import Path
-from fedmask_flwr import sandbox
+from fedmask_flwr.simulation import sandbox
 sandbox.secrets.token_hex = lambda n: sys.argv[1]
 with sandbox.stop_signals(), sandbox.sandbox("1", "") as place:
     said = Path(sys.argv[2])
@@ -201,13 +201,13 @@ def test_signals_leave_nothing(tmp_path, token, number, code):
 @pytest.fixture
 def fake(tmp_path, monkeypatch, token):
     folder = standin.fake_flower(tmp_path / "bin")
-    monkeypatch.setattr(simulate, "scripts", lambda: folder)
+    monkeypatch.setattr(runtime, "scripts", lambda: folder)
     app = standin.app(tmp_path / "standin")
 
     def run(**kwargs):
         rows = []
         try:
-            simulate.run(
+            runtime.run(
                 {"mode": "ok", **kwargs}, num_clients=3, out=tmp_path / "out", on_round=rows.append, root=app
             )
         finally:
@@ -226,7 +226,7 @@ def test_completed(fake, tmp_path):
 
 def test_what_flower_is_told(fake, tmp_path, monkeypatch):
     seen = []
-    real = simulate._flwr
+    real = runtime._flwr
 
     def spy(place, *args):
         got = real(place, *args)
@@ -235,7 +235,7 @@ def test_what_flower_is_told(fake, tmp_path, monkeypatch):
             seen.append(str(place.folder))
         return got
 
-    monkeypatch.setattr(simulate, "_flwr", spy)
+    monkeypatch.setattr(runtime, "_flwr", spy)
     fake(note='a "quoted" \N{GREEK SMALL LETTER THETA}')
     (config, words, cwd), folder = seen
     assert config == {"mode": "ok", "note": 'a "quoted" \N{GREEK SMALL LETTER THETA}', "out": str(tmp_path / "out")}
@@ -249,7 +249,7 @@ def test_what_flower_is_told(fake, tmp_path, monkeypatch):
 def test_a_status_that_is_not_completed_fails(fake, monkeypatch, status):
     monkeypatch.setenv("FAKE_STATUS", status)
     with pytest.raises(
-        simulate.SimulationError, match=rf"(?s){status}: because.*ERROR a ServerApp says why.*flower\.log"
+        runtime.SimulationError, match=rf"(?s){status}: because.*ERROR a ServerApp says why.*flower\.log"
     ):
         fake()
 
@@ -264,48 +264,48 @@ def test_a_status_that_is_not_completed_fails(fake, monkeypatch, status):
 )
 def test_runs_that_never_start(fake, monkeypatch, variable, value, message):
     monkeypatch.setenv(variable, value)
-    with pytest.raises(simulate.SimulationError, match=message):
+    with pytest.raises(runtime.SimulationError, match=message):
         fake()
 
 
 def test_a_superlink_that_dies(fake, monkeypatch):
     monkeypatch.setenv("FAKE_SUPERLINK", "dies")
     monkeypatch.setenv("FAKE_SECONDS", "600")
-    with pytest.raises(simulate.SimulationError, match="ended by itself with exit code 9"):
+    with pytest.raises(runtime.SimulationError, match="ended by itself with exit code 9"):
         fake()
 
 
 def test_an_unfinished_status_is_asked_for_again(fake, monkeypatch):
     answers = iter(["running", "running", "finished:completed"])
-    real = simulate._flwr
+    real = runtime._flwr
 
     def ask(place, *args):
         return {"runs": [{"status": next(answers)}]} if args[0] == "list" else real(place, *args)
 
-    monkeypatch.setattr(simulate, "_flwr", ask)
-    monkeypatch.setattr(simulate, "_POLL_S", 0.1)
+    monkeypatch.setattr(runtime, "_flwr", ask)
+    monkeypatch.setattr(runtime, "_POLL_S", 0.1)
     assert [r["round"] for r in fake()] == [1, 2]
     assert next(answers, "none left") == "none left"
 
 
 def test_missing_executables(tmp_path, monkeypatch):
-    monkeypatch.setattr(simulate, "scripts", lambda: tmp_path)
-    with pytest.raises(simulate.SimulationError, match="no flwr beside"):
-        simulate.run({}, num_clients=2, out=tmp_path / "out", on_round=print)
+    monkeypatch.setattr(runtime, "scripts", lambda: tmp_path)
+    with pytest.raises(runtime.SimulationError, match="no flwr beside"):
+        runtime.run({}, num_clients=2, out=tmp_path / "out", on_round=print)
 
 
 def test_extra_path_only_for_modules_that_are_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("")
-    assert simulate._extra_path({"data": "mine:load"}) == str(tmp_path)
-    assert simulate._extra_path({"data": "other:load", "weights": "seed:7", "n": 3}) == ""
+    assert runtime._extra_path({"data": "mine:load"}) == str(tmp_path)
+    assert runtime._extra_path({"data": "other:load", "weights": "seed:7", "n": 3}) == ""
 
 
 # The runner, with Flower
 
 
 def real_run(app, out, mode, rows):
-    simulate.run({"mode": mode}, num_clients=3, out=out, on_round=rows.append, root=app)
+    runtime.run({"mode": mode}, num_clients=3, out=out, on_round=rows.append, root=app)
 
 
 @pytest.mark.flower
@@ -313,7 +313,7 @@ def test_a_failing_app_fails_the_run_and_leaves_no_process(tmp_path, token):
     rows = []
     app = standin.app(tmp_path / "standin")
     with pytest.raises(
-        simulate.SimulationError, match=r"(?s)finished:failed: .*told to fail.*ValueError: told to fail"
+        runtime.SimulationError, match=r"(?s)finished:failed: .*told to fail.*ValueError: told to fail"
     ):
         real_run(app, tmp_path / "out", "fail", rows)
     assert rows == [{"round": 1, "clients_ok": 3}]
@@ -338,9 +338,9 @@ def test_two_runs_at_once(tmp_path):
 RUNNER = """
 import sys
 from pathlib import Path
-from fedmask_flwr import sandbox, simulate
+from fedmask_flwr.simulation import runtime, sandbox
 sandbox.secrets.token_hex = lambda n: sys.argv[1]
-simulate.run({"mode": "hang"}, num_clients=3, out=Path(sys.argv[2]), on_round=print, root=Path(sys.argv[3]))
+runtime.run({"mode": "hang"}, num_clients=3, out=Path(sys.argv[2]), on_round=print, root=Path(sys.argv[3]))
 """
 
 

@@ -13,7 +13,7 @@ __all__ = ["Scalar", "StageError", "app_root", "defaults", "stage", "toml_lines"
 
 Scalar = str | int | float | bool
 
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _TABLE = "[tool.flwr.app.config]\n"
 
 

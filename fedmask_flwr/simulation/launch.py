@@ -13,12 +13,13 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmask_flwr import data, stage, track
+from fedmask_flwr import data, track
 from fedmask_flwr.config import ConfigError, RunConfig, load_config
-from fedmask_flwr.sandbox import LeftoverError
 from fedmask_flwr.show import RoundTable, summary
-from fedmask_flwr.simulate import LOG, SimulationError
-from fedmask_flwr.simulate import run as simulate
+from fedmask_flwr.simulation import stage
+from fedmask_flwr.simulation.runtime import LOG, SimulationError
+from fedmask_flwr.simulation.runtime import run as simulate
+from fedmask_flwr.simulation.sandbox import LeftoverError
 
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
@@ -130,7 +131,7 @@ def _check_folder(out: Path, told: Mapping[str, Any], rounds: int, *, overwrite:
     if not (out / track.CONFIG).exists():
         return 0
     try:
-        track._same_run(out, json.loads((out / track.CONFIG).read_text("utf-8")), dict(told))
+        track.same_run(out, json.loads((out / track.CONFIG).read_text("utf-8")), dict(told))
     except (track.RunDirError, ValueError) as error:
         raise UsageError(str(error)) from error
     done = [row["round"] for row in read_metrics(out)]
