@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedmask_flwr.show import human_bytes
-from fedmask_flwr.wire import Field, Frame, SideInfo, WireError, codec_names, popcount, unpack
+from fedmask_flwr.wire import Field, Frame, WireError, codec_names, popcount, unpack
 from fedmask_flwr.wire import codec as codec_by_name
 from fedmask_flwr.wire.frame import VERSION
 
@@ -23,13 +22,13 @@ _MOST_BITS = 1 << 31
 def describe(raw: bytes) -> RenderableType:
     """Describe a frame: version, model digest, round, meta, and a row a field.
 
-    Bits per parameter are 8 * body bytes / numel. The density of a bit field is worked out as if it was coded
-    without a reference mask, as a mask file is.
+    Bits per parameter are 8 * body bytes / numel. The density of a bit field is worked out as if it was coded in
+    one layer and without a reference mask, as a mask file is; "?" where that does not fit.
 
     Raises
     ------
     WireError
-        The bytes are not a frame, or a field does not decode.
+        The bytes are not a frame, or name a codec that is not known.
     """
     frame = Frame.parse(raw)
     head = Table(box=None, show_header=False, pad_edge=False)
@@ -44,11 +43,10 @@ def describe(raw: bytes) -> RenderableType:
     table = Table(box=None, pad_edge=False)
     for name in ("field", "codec", "numel", "bytes", "bits/param", "density"):
         table.add_column(name, justify="left" if name in ("field", "codec") else "right", no_wrap=True)
-    sizes = _sizes(frame)
     for field in frame.fields:
         name, kind = _codec(field.codec)
         bpp = f"{8 * len(field.body) / field.numel:.4f}" if field.numel else "-"
-        density = _density(raw, frame, field, sizes) if kind == "bits" else "-"
+        density = _density(frame, field) if kind == "bits" else "-"
         table.add_row(Text(field.name), name, str(field.numel), str(len(field.body)), bpp, density)
     return Group(head, Text(), table)
 
@@ -68,25 +66,12 @@ def _codec(byte: int) -> tuple[str, str]:
     raise WireError(f"unknown codec byte {byte:#04x}; the sender runs a newer version of fedmask-flwr")
 
 
-def _sizes(frame: Frame) -> tuple[int, ...] | None:
-    """Layer sizes that our mask files name in their meta."""
-    try:
-        sizes = tuple(int(part) for part in str(frame.meta["sizes"]).split(","))
-    except (KeyError, ValueError):
-        return None
-    return sizes if all(s >= 0 for s in sizes) else None
-
-
-def _density(raw: bytes, frame: Frame, field: Field, sizes: tuple[int, ...] | None) -> str:
+def _density(frame: Frame, field: Field) -> str:
     if not 0 < field.numel <= _MOST_BITS:
         return "-"
-    fits = sizes is not None and list(accumulate(sizes))[-1] == field.numel
-    known = SideInfo(sizes) if fits and sizes is not None else None
     one = Frame(frame.digest, frame.round_, (field,), {})
     try:
-        got = unpack(one.to_bytes(), digest=None, round_=None, known=known, expect={field.name: field.numel})
+        got = unpack(one.to_bytes(), digest=None, round_=None, known=None, expect={field.name: field.numel})
     except WireError:
-        if fits:
-            raise
         return "?"  # a message: its layers are known to the two ends only
     return f"{popcount(got.payload.bits[field.name]) / field.numel:.4f}"

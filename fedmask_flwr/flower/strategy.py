@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -95,8 +96,9 @@ class MaskStrategy(Strategy):
 
     def result_frame(self, server_round: int) -> bytes:
         """The final mask (or weights) as one frame that can be read without this strategy."""
-        payload = self.method.result(self.state)
-        return self._pack(payload, server_round, sizes=",".join(map(str, self.spec.sizes)))
+        # One layer: a reader needs to know nothing but the number of bits.
+        one = SideInfo((self.spec.numel,))
+        return self._pack(self.method.result(self.state), server_round, one)
 
     def initial_arrays(self) -> ArrayRecord:
         """Arrays to pass to ``start``; they are the strategy's own state."""
@@ -190,7 +192,7 @@ class MaskStrategy(Strategy):
         TimeoutError
             When too few nodes come.
         """
-        self.plan = Plan(**{**_fields(self.plan), "rounds": num_rounds})
+        self.plan = replace(self.plan, rounds=num_rounds)
         first = self._resume() + 1
         log(INFO, "Starting %s strategy at round %d of %d:", type(self).__name__, first, num_rounds)
         self.summary()
@@ -226,12 +228,9 @@ class MaskStrategy(Strategy):
 
     # Inside
 
-    def _pack(self, payload: Payload, server_round: int, **meta: str) -> bytes:
-        if meta:
-            payload = Payload(payload.bits, payload.counts, payload.dense, {**payload.meta, **meta})
-        codecs = self.method.codecs
-        known = SideInfo(self.spec.sizes)
-        return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=codecs)
+    def _pack(self, payload: Payload, server_round: int, known: SideInfo | None = None) -> bytes:
+        known = known or SideInfo(self.spec.sizes)
+        return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=self.method.codecs)
 
     def _arrays(self, server_round: int) -> ArrayRecord:
         frame = self._pack(self.method.broadcast(self.state), server_round)
@@ -282,7 +281,3 @@ class MaskStrategy(Strategy):
             self.run_dir.save(self.state, {"round": line["round"], "digest": self.digest.hex()})
         except OSError as error:  # a full disk must not cost the round that was just trained
             log(ERROR, "round %d was not saved (%s): free the disk; training goes on", line["round"], error)
-
-
-def _fields(plan: Plan) -> dict[str, Any]:
-    return {name: getattr(plan, name) for name in plan.__slots__}

@@ -44,6 +44,12 @@ class BetaConfig(MethodConfig):
     reset: int = Field(0, ge=0, description="rounds between resets of the posterior; 0 means ceil(1/rho)")
     estimator: Literal["mode", "mean"] = "mode"
     ste: Literal["identity", "p"] = Field("identity", description='straight-through rule; "p" as FedPM\'s code')
+    adam_eps: float = Field(
+        1e-5,
+        gt=0.0,
+        description="Adam's epsilon; at 1e-8 a weight with hardly any gradient moves as far as the others, and its "
+        "flips cost bits for nothing",
+    )
     sparsity: float = Field(0.0, ge=0.0, description="lambda of the penalty lambda * mean(theta)")
     seed_scope: Literal["client", "global"] = Field(
         "client", description='"global" draws one u for all clients and collapses theta'
@@ -135,16 +141,16 @@ class BetaMethod(Method[BetaState], ABC):
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn) -> Optimizer:
         """Scores from theta_g, a fresh optimiser each round."""
-        kind: type[MaskAdam] | type[MaskSGD] = MaskAdam if training.optimizer == "adam" else MaskSGD
-        return kind(
-            model,
-            self.spec,
-            lr=LEARNING_RATE if training.lr is None else training.lr,
-            theta=torch.from_numpy(self.theta(got).astype(np.float32)),
-            key=derive(turn.seed, "train", turn.round, turn.client),
-            ste=self.config.ste,
-            sparsity=self.config.sparsity,
-        )
+        settings: dict[str, Any] = {
+            "lr": LEARNING_RATE if training.lr is None else training.lr,
+            "theta": torch.from_numpy(self.theta(got).astype(np.float32)),
+            "key": derive(turn.seed, "train", turn.round, turn.client),
+            "ste": self.config.ste,
+            "sparsity": self.config.sparsity,
+        }
+        if training.optimizer == "sgd":
+            return MaskSGD(model, self.spec, **settings)
+        return MaskAdam(model, self.spec, eps=self.config.adam_eps, **settings)
 
 
 def trained_theta(optimizer: Optimizer) -> npt.NDArray[np.float64]:

@@ -122,7 +122,8 @@ def test_flwr_run_does_the_same_thing(tmp_path):
         path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
             [*readme.split(), "--federation-config", sizes, "--run-config", str(config)],
-            cwd=ROOT, env={**os.environ, **env, "PATH": path}, capture_output=True, text=True, check=False, timeout=300,
+            cwd=ROOT, env={**os.environ, **env, "PATH": path},
+            capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
         mask = tmp_path / "theirs/mask.fedmask"
         assert mask.exists(), done.stdout + done.stderr

@@ -1,0 +1,99 @@
+"""Accuracy against bytes of every method, three seeds each: the README's picture and table.
+
+    python benchmarks/curves.py digits                                       # docs/accuracy-vs-bytes.png
+    python benchmarks/curves.py mnist --data-dir ../shared/data/mnist --methods deltamask
+    python benchmarks/curves.py digits --draw                                # from the kept JSON, without runs
+
+Each run is `fedmask run` with its defaults; bytes are whole frames, totals over ten clients. Writes
+benchmarks/results/<data>.json: the metrics of every round of every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fedmask_flwr.simulation.sandbox import scripts
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs/accuracy-vs-bytes.png"
+ROUNDS = {"digits": 20, "mnist": 30}
+KEPT = ("round", "accuracy_sampled", "accuracy_threshold", "accuracy_expected", "uplink_bytes", "downlink_bytes",
+        "uplink_bpp", "downlink_bpp", "clients_failed")  # fmt: skip
+
+
+def measure(name, methods, seeds, data_dir):
+    runs = []
+    for method in methods:
+        for seed in seeds:
+            with tempfile.TemporaryDirectory() as out:
+                options = f"--method {method} --data {name} --clients 10 --rounds {ROUNDS[name]} --local-epochs 3"
+                command = ["run", *options.split(), "--seed", str(seed), "--out", out]
+                command += ["--data-dir", data_dir] if data_dir else []
+                subprocess.run([str(scripts() / "fedmask"), *command], check=True)
+                lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+            rounds = [{k: round(line[k], 5) for k in KEPT} for line in lines]
+            runs.append({"method": method, "data": name, "seed": seed, "clients": 10, "rounds": rounds})
+    return runs
+
+
+def series(runs, method, key):
+    return np.array([[line[key] for line in run["rounds"]] for run in runs if run["method"] == method])
+
+
+def table(runs):
+    print(f"{'method':10} {'final accuracy (threshold)':28} {'uplink bpp':18} {'MB up':>7} {'MB down':>8}")
+    for method in dict.fromkeys(run["method"] for run in runs):
+        final = series(runs, method, "accuracy_threshold")[:, -1]
+        bpp = series(runs, method, "uplink_bpp").mean(axis=1)
+        up, down = (series(runs, method, f"{way}link_bytes").sum(axis=1).mean() / 1e6 for way in ("up", "down"))
+        spread = f"{final.mean():.4f} ({final.min():.4f} to {final.max():.4f})"
+        print(f"{method:10} {spread:28} {bpp.mean():.4f} (<= {bpp.max():.4f}) {up:7.2f} {down:8.2f}")
+
+
+def draw(runs, name):
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, ways, title in zip(panels, (("up",), ("up", "down")), ("uplink", "uplink + downlink"), strict=True):
+        for method in dict.fromkeys(run["method"] for run in runs):
+            sent = sum(series(runs, method, f"{way}link_bytes") for way in ways).cumsum(axis=1).mean(axis=0) / 1e6
+            accuracy = series(runs, method, "accuracy_threshold")
+            (line,) = panel.plot(sent, accuracy.mean(axis=0), label=method)
+            panel.fill_between(sent, accuracy.min(axis=0), accuracy.max(axis=0), color=line.get_color(), alpha=0.2)
+        panel.set(xscale="log", xlabel=f"{title}, MB so far, all clients", ylim=(0, 1))
+        panel.grid(visible=True, alpha=0.3)
+    panels[0].set_ylabel(f"test accuracy ({name}, 10 clients)")
+    panels[0].legend()
+    figure.savefig(PICTURE, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=ROUNDS)
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--methods", default="fedavg,fedpm,deltamask")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--draw", action="store_true", help="read the kept JSON instead of running")
+    args = parser.parse_args()
+    kept = RESULTS / f"{args.data}.json"
+    if args.draw:
+        runs = json.loads(kept.read_text())
+    else:
+        runs = measure(args.data, args.methods.split(","), [int(s) for s in args.seeds.split(",")], args.data_dir)
+        RESULTS.mkdir(exist_ok=True)
+        kept.write_text(json.dumps(runs, indent=None).replace("}, {", "},\n{") + "\n")
+    table(runs)
+    if args.data == "digits":
+        draw(runs, args.data)
+
+
+if __name__ == "__main__":
+    main()
