@@ -4,7 +4,6 @@ import fcntl
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -345,27 +344,3 @@ def test_run_with_flower(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "ValueError: told to fail" in done.output
     assert reaper.tagged(token, "") == []
-
-
-@pytest.mark.flower
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_same_end(tmp_path):
-    script = str(sandbox.scripts() / "fedmask")
-    args = [script, "run", "--clients", "2", "--rounds", "6", "--local-epochs", "1", "--out"]
-    assert subprocess.run([*args, str(tmp_path / "whole")], check=False).returncode == 0
-    first = subprocess.Popen(
-        [*args, str(tmp_path / "cut")], start_new_session=True, stdout=subprocess.PIPE, text=True
-    )
-    assert first.stdout is not None
-    for line in first.stdout:
-        if line.split()[:1] == ["2"]:
-            break
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
-    for _ in range(200):
-        again = subprocess.run([*args, str(tmp_path / "cut")], capture_output=True, text=True, check=False)
-        if "another run is writing" not in again.stderr:
-            break
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "resuming the unfinished run after round" in again.stdout
-    assert (tmp_path / "cut" / "mask.fedmask").read_bytes() == (tmp_path / "whole" / "mask.fedmask").read_bytes()

@@ -80,22 +80,28 @@ def processes(mark, program):
 
 
 def test_a_killed_server_resumes_bit_for_bit(tmp_path):
-    options = "--method deltamask --data digits --clients 4 --rounds 8 --local-epochs 1"
+    """Kill the server in round 4, start again, kill ``fedmask run`` itself in round 6, start again."""
+    options = "--method deltamask --data digits --clients 3 --rounds 8 --local-epochs 1"
     whole = fedmask(options, tmp_path / "whole")
     mark, out = uuid.uuid4().hex, tmp_path / "cut"
     command = [str(scripts() / "fedmask"), "run", *options.split(), "--out", str(out)]
-    run = subprocess.Popen(command, env={**os.environ, "E2E_MARK": mark}, stdout=subprocess.DEVNULL)
     metrics = out / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        assert run.poll() is None
-        time.sleep(0.05)
-    for pid in processes(mark, "flwr-simulation"):
-        os.kill(pid, signal.SIGKILL)
-    assert run.wait(120) == 1
-    assert processes(mark, "") == []
-    assert metrics.read_text().count("\n") < 8
+    for rounds, victim, code in ((3, "flwr-simulation", 1), (5, "", -signal.SIGKILL)):
+        run = subprocess.Popen(command, env={**os.environ, "E2E_MARK": mark}, stdout=subprocess.DEVNULL)
+        while not (metrics.exists() and metrics.read_text().count("\n") >= rounds):
+            assert run.poll() is None
+            time.sleep(0.05)
+        for pid in processes(mark, victim) if victim else [run.pid]:
+            os.kill(pid, signal.SIGKILL)
+        assert run.wait(120) == code
+        deadline = time.monotonic() + 60
+        while left := processes(mark, ""):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.2)
+        assert metrics.read_text().count("\n") < 8
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming the unfinished run after round" in again.stdout
     for name in ("mask.fedmask", "checkpoint.safetensors"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
