@@ -53,7 +53,7 @@ def test_idx_files(tmp_path, gz, layout):
     got = load("mnist", "train", str(tmp_path))
     assert got.in_shape == (1, 28, 28)
     np.testing.assert_array_equal(got.y, y)
-    np.testing.assert_allclose(got.x[:, 0], (x / 255 - 0.5) / 0.5, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(got.x[:, 0], x / 255, rtol=0, atol=1e-6)
 
 
 def test_fashion_mnist_layout(tmp_path):
