@@ -286,3 +286,16 @@ def test_dataset_is_plain():
     d = Dataset(X, Y, 3)
     assert (len(d), d.in_shape) == (3, (2,))
     assert set(data.NAMES) == {"digits", "mnist", "fashion-mnist", "cifar10", "npz"}
+
+
+@pytest.mark.parametrize(("rows", "parts"), [(1400, 10), (1403, 10), (7, 7), (97, 3)])
+def test_iid_is_flower_datasets_iid(rows, parts):
+    from fedmask_flwr.partition import _imports
+
+    datasets, partitioners = _imports()
+    theirs = partitioners.IidPartitioner(num_partitions=parts)
+    order = keyed_rng("partition", 5).permutation(rows)
+    theirs.dataset = datasets.Dataset.from_dict({"row": order})
+    ours = partition(np.zeros(rows, np.int64), parts, "iid", seed=5)
+    for k in range(parts):
+        assert ours[k].tolist() == list(theirs.load_partition(k)["row"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -62,3 +63,15 @@ def test_no_lock_file_and_no_host_name_is_kept():
         assert "//" not in text
         assert all("==" in line for line in text.splitlines())
     assert not (ROOT / "uv.lock").exists()
+
+
+def test_kept_mnist_runs_keep_the_promise():
+    """benchmarks/results/mnist.json: three seeds, 30 rounds, real frames."""
+    runs = json.loads((ROOT / "benchmarks/results/mnist.json").read_text())
+    assert [run["seed"] for run in runs if run["method"] == "deltamask"] == [1, 2, 3]
+    for run in runs:
+        assert len(run["rounds"]) == 30
+        assert run["rounds"][-1]["accuracy_threshold"] >= 0.96
+        assert sum(line["uplink_bpp"] for line in run["rounds"]) / 30 <= 0.2
+        for line in run["rounds"]:
+            assert line["uplink_bpp"] == pytest.approx(8 * line["uplink_bytes"] / 10 / 266_200, abs=1e-4)
