@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -112,22 +113,21 @@ def test_a_killed_server_resumes_bit_for_bit(tmp_path):
 def test_flwr_run_does_the_same_thing(tmp_path):
     """``flwr run .`` from the checkout, in a FLWR_HOME and on ports of its own, ends with fedmask run's mask."""
     changes = {"num-server-rounds": 3, "local-epochs": 1}
-    ours = fedmask("--clients 2 -c num-server-rounds=3 -c local-epochs=1", tmp_path / "ours")
-    mark = uuid.uuid4().hex
+    ours = fedmask("--clients 10 -c num-server-rounds=3 -c local-epochs=1", tmp_path / "ours")
+    mark, exports = uuid.uuid4().hex, [line for line in commands() if line.startswith("export")]
     env = {
         "E2E_MARK": mark, "FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1", **dict(line.split()[1].split("=") for line in exports),
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "49391", "FLWR_LOCAL_CONTROL_API_PORT": "49393", "SPT_NOENV": "1",
     }  # fmt: skip
     (config := tmp_path / "run.toml").write_text(
         "".join(f"{k} = {v}\n" for k, v in changes.items()) + f'out = "{tmp_path / "theirs"}"\n'
     )
     (readme,) = [line for line in commands() if line.startswith("flwr run")]
-    sizes = "num-supernodes=2 client-resources-num-cpus=1"
     try:
         path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            [*readme.split(), "--federation-config", sizes, "--run-config", str(config)],
+            [*shlex.split(readme), "--run-config", str(config)],
             cwd=ROOT, env={**os.environ, **env, "PATH": path},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
