@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 VENV141 := .venv-flwr141
 BIN := $(VENV)/bin
-UV := $(or $(shell command -v uv),.uv/bin/uv)
+# An old uv lacks what is used here; ours is then made in .uv.
+UV := $(shell uv venv --help 2>/dev/null | grep -q -e --clear && command -v uv || echo .uv/bin/uv)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help install demo test slow check flwr141 fab bench constraints clean
+.PHONY: help install demo test slow check flwr141 fab bench curves constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,15 +43,20 @@ check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-flwr141: $(VENV141)/.done ## the Flower-facing tests on flwr 1.41
+flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
 	$(VENV141)/bin/python -m pytest -m "flower and not slow"
+	$(VENV141)/bin/python -m pytest -m slow tests/test_cli.py
 
 fab: install ## build the Flower App Bundle into dist/
 	mkdir -p dist && cd dist && $(CURDIR)/$(BIN)/flwr build --app $(CURDIR)
 
-bench: install ## the benchmarks behind every figure of the README
+bench: install ## codec sizes and times against their limits and peers
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/fuse_query.py
+
+curves: install ## the runs behind the README's picture and table; MNIST=folder of its idx files
+	$(BIN)/python benchmarks/curves.py digits
+	$(BIN)/python benchmarks/curves.py mnist --data-dir $(MNIST) --methods deltamask
 
 constraints: | $(UV) ## pin every version again
 	echo 'flwr==1.39.*' | $(UV) pip compile -q pyproject.toml --extra sim --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt

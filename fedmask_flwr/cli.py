@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -127,10 +126,5 @@ def inspect(file: Annotated[Path, typer.Argument(help="A frame: mask.fedmask, or
         _stop(f"{file}: {getattr(error, 'strerror', None) or error}", FAILED)
 
 
-def main(argv: list[str] | None = None) -> Any:
-    """Run the command line."""
-    return app(argv if argv is not None else sys.argv[1:])
-
-
 if __name__ == "__main__":
-    main()
+    app()

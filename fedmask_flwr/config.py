@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -50,6 +50,9 @@ class RunConfig(BaseModel):
     fraction_evaluate: float = Field(0.0, ge=0.0, le=1.0, description="share of clients that evaluate each round")
     eval_samples: int = Field(3, ge=1, description="networks drawn for accuracy_sampled")
     min_nodes: int = Field(2, ge=1, description="nodes to wait for, and the fewest that train in a round")
+    clients: int = Field(
+        0, ge=0, description="nodes to wait for before round 1; `fedmask run` says how many it made"
+    )
     node_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for min-nodes")
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for a round's replies")
     codec: str = Field(
@@ -92,10 +95,11 @@ def method_keys() -> dict[str, set[str]]:
     return {name: _keys(resolve(name).Config) for name in BUILTIN}
 
 
-def load_config(flat: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
+def load_config(flat: Mapping[str, Any], given: Collection[str] = ()) -> tuple[RunConfig, dict[str, Any]]:
     """Check a flat run config and split it into ``RunConfig`` and the method's own settings.
 
-    Keys of other built-in methods are accepted and ignored: Flower hands over every declared key.
+    Keys of other built-in methods are accepted and ignored, since Flower hands over every declared key; but not
+    when a person ``given`` them.
 
     Raises
     ------
@@ -111,13 +115,13 @@ def load_config(flat: Mapping[str, Any]) -> tuple[RunConfig, dict[str, Any]]:
         raise ConfigError(str(error)) from error
     own = _keys(method.Config)
     known = common | own | set().union(*method_keys().values())
-    wrong = sorted(set(flat) - known)
+    wrong = sorted((set(flat) - known) | (set(given) - common - own))
     if wrong:
-        near = [m for key in wrong for m in difflib.get_close_matches(key, sorted(known), 3, 0.5)]
+        near = [m for key in wrong for m in difflib.get_close_matches(key, sorted(common | own), 3, 0.5)]
         hint = f" Did you mean {', '.join(dict.fromkeys(near))}?" if near else ""
         raise ConfigError(
             f"unknown run-config key{'s' if len(wrong) > 1 else ''} {', '.join(wrong)}.{hint} "
-            f"The keys are: {', '.join(sorted(common | own))}."
+            f"The keys of {method.name} are: {', '.join(sorted(common | own))}."
         )
     try:
         config = RunConfig(**{k: v for k, v in flat.items() if k in common})

@@ -75,19 +75,21 @@ def epoch_batches(n: int, batch_size: int, seed_parts: Sequence[int | str]) -> I
     n : int
         Rows in the data set.
     batch_size : int
-        Rows in a batch; the last, short batch is kept.
+        Rows in a batch; a last, short batch is kept, but a single row is added to the batch before it.
     seed_parts : sequence of int or str
         What this epoch's order depends on, for example ``(seed, round, client, epoch)``.
 
     Yields
     ------
-    int64 array, shape (<= batch_size,)
+    int64 array, shape (<= batch_size + 1,)
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; use 1 or more")
     order = keyed_rng("epoch", *(p if isinstance(p, str) else int(p) for p in seed_parts)).permutation(n)
-    for start in range(0, n, batch_size):
-        yield order[start : start + batch_size].astype(np.int64, copy=False)
+    # A last batch of one joins the one before: batch norm cannot use it.
+    starts = list(range(0, n - 1 if n > 1 and batch_size > 1 else n, batch_size))
+    for start, end in zip(starts, [*starts[1:], n], strict=False):
+        yield order[start:end].astype(np.int64, copy=False)
 
 
 @lru_cache(maxsize=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,8 @@ S = TypeVar("S")
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
 MASK, CURVE, LOCK = "mask.fedmask", "curve.png", ".lock"
-WHERE_NOT_WHAT = frozenset({"out", "data-dir", "node-timeout", "round-timeout", "threads", "device"})
+log = logging.getLogger(__name__)
+WHERE_NOT_WHAT = frozenset({"out", "data-dir", "node-timeout", "round-timeout"})
 
 
 class RunDirError(RuntimeError):
@@ -45,7 +47,7 @@ class RunDir:
         self._pending = ""
         told = json.loads(json.dumps(dict(config)))
         written = path / CONFIG
-        if written.exists():
+        if (path / CHECKPOINT).exists() and written.exists():  # one that never finished a round binds nobody
             try:
                 same_run(path, json.loads(written.read_text()), told)
             except ValueError as error:
@@ -71,10 +73,8 @@ class RunDir:
         return found
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every complete line of the metrics file; a line cut off by a crash is left out."""
-        path = self.path / METRICS
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        """Every whole line of the metrics file; one that a crash cut off or damaged is left out."""
+        return read_lines(self.path / METRICS)
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Append one round to the metrics file.
@@ -85,6 +85,9 @@ class RunDir:
             When the disk refuses; the line is kept and written with the next one.
         """
         self._pending += json.dumps(dict(line)) + "\n"
+        self._flush()
+
+    def _flush(self) -> None:
         with (self.path / METRICS).open("a") as file:
             end = file.tell()
             try:
@@ -101,10 +104,28 @@ class RunDir:
 
     def finish(self, frame: bytes) -> None:
         """Write the final mask and the curve of accuracy against bytes."""
+        self._flush()
         write_atomic(self.path / MASK, frame)
         from .show import plot_curve
 
-        plot_curve(self.metrics(), self.path / CURVE)
+        try:
+            plot_curve(self.metrics(), self.path / CURVE)
+        except ImportError:
+            log.warning("no %s without matplotlib: pip install 'fedmask-flwr[sim]'", CURVE)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a metrics file, or nothing when there is none."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [found for line in lines if line.endswith("\n") and (found := _parsed(line)) is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("round"), int) else None
 
 
 def same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:

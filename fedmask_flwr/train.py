@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from .data import epoch_batches
+from .masks import derive
 
 EVAL_BATCH = 1000
 
@@ -33,19 +34,21 @@ def train(
 ) -> float:
     """Train with cross-entropy on x (n, *in_shape), y (n,); return the mean loss in nats over all steps.
 
-    ``key`` names the shuffle: equal keys give equal batches.
+    ``key`` names all chance: equal keys give equal batches and equal dropout. torch's global state is left alone.
     """
     model.train()
     total, steps = 0.0, 0
-    for epoch in range(epochs):
-        for rows in epoch_batches(len(y), batch_size, (*key, epoch)):
-            index = torch.from_numpy(rows).to(y.device)
-            optimizer.zero_grad()
-            loss = cross_entropy(model(x[index]), y[index])
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            total += loss.item()
-            steps += 1
+    with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
+        torch.manual_seed(derive("torch", *key).k0)
+        for epoch in range(epochs):
+            for rows in epoch_batches(len(y), batch_size, (*key, epoch)):
+                index = torch.from_numpy(rows).to(y.device)
+                optimizer.zero_grad()
+                loss = cross_entropy(model(x[index]), y[index])
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                total += loss.item()
+                steps += 1
     return total / max(steps, 1)
 
 
@@ -54,9 +57,10 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
     """Mean cross-entropy in nats and accuracy on x (n, *in_shape), y (n,)."""
     model.eval()
     loss, right = 0.0, 0
-    for start in range(0, len(y), EVAL_BATCH):
-        ys = y[start : start + EVAL_BATCH]
-        logits = model(x[start : start + EVAL_BATCH])
+    # Even chunks: batch norm of a seeded network uses the batch, and cannot use a batch of one.
+    for rows in torch.arange(len(y), device=y.device).tensor_split(-(-len(y) // EVAL_BATCH)):
+        ys = y[rows]
+        logits = model(x[rows])
         loss += cross_entropy(logits, ys, reduction="sum").item()
         right += int((logits.argmax(1) == ys).sum())
     return loss / len(y), right / len(y)

@@ -41,6 +41,7 @@ def calls(monkeypatch):
             with (out / "metrics.jsonl").open("a") as f:
                 f.write(json.dumps(row) + "\n")
             on_round(row)
+        (out / "checkpoint.safetensors").write_bytes(b"x")
         (out / "mask.fedmask").write_bytes(b"x")
 
     monkeypatch.setattr(launch, "simulate", simulate)
@@ -73,7 +74,7 @@ def test_start_up_is_light():
 
 def test_only_what_was_given_goes_into_the_run_config(tmp_path, calls):
     assert fedmask("run", "--out", tmp_path / "a").exit_code == 0
-    assert calls == [({}, 10, tmp_path / "a")]
+    assert calls == [({"clients": 10}, 10, tmp_path / "a")]
 
 
 def test_options_and_their_keys(tmp_path, calls, monkeypatch):
@@ -89,7 +90,7 @@ def test_options_and_their_keys(tmp_path, calls, monkeypatch):
         "method": "fedpm", "data": "digits", "data-dir": str(tmp_path / "d"), "model": "mlp",
         "num-server-rounds": 2, "local-epochs": 1, "batch-size": 8, "learning-rate": 1.0,
         "partition": "dirichlet", "alpha": 2.0, "seed": 3,
-        "codec": "rice", "min-nodes": 3, "weights": "seed:4",
+        "codec": "rice", "min-nodes": 3, "weights": "seed:4", "clients": 3,
     }  # fmt: skip
     assert isinstance(config["alpha"], float)
 
@@ -117,6 +118,11 @@ def test_values(text, default, value):
         (["-c", "alpha"], "write KEY=VALUE"),
         (["-c", "alpha=[1]"], "one string, number or true/false"),
         (["-c", "out=/x"], "use --out"),
+        (["-c", "clients=4"], "use --clients"),
+        (["--method", "fedpm", "-c", "kappa=1"], "unknown run-config key kappa"),
+        (["--model", "no_such_module:net"], "cannot import no_such_module:net"),
+        (["-c", "include=layers.*"], "pattern 'layers.*' matches no parameter"),
+        (["-c", "weights=file:none.pt#sha256=" + 64 * "0"], "no checkpoint at none.pt"),
         (["--clients", "1"], "add -c min-nodes=1"),
         (["--clients", "1401"], "1401 clients cannot share 1400 training rows"),
         (["--data", "npz"], "--data-dir"),
@@ -138,8 +144,9 @@ def test_wrong_options(tmp_path, calls, words, message):
 def unfinished(out, rounds=20):
     out.mkdir()
     (out / "config.json").write_text(
-        json.dumps({**stage.defaults(), "num-server-rounds": rounds, "out": "elsewhere"})
+        json.dumps({**stage.defaults(), "num-server-rounds": rounds, "clients": 10, "out": "elsewhere"})
     )
+    (out / "checkpoint.safetensors").write_bytes(b"x")
     (out / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
 
 
@@ -150,9 +157,16 @@ def test_an_unfinished_run_is_resumed(tmp_path, calls):
     assert "resuming the unfinished run after round 1" in said(done)
 
 
-def test_another_run_is_not_resumed(tmp_path, calls):
+def test_a_run_without_a_complete_round_binds_nobody(tmp_path, calls):
     unfinished(tmp_path / "a")
-    done = fedmask("run", "--out", tmp_path / "a", "--seed", "8")
+    (tmp_path / "a" / "checkpoint.safetensors").unlink()
+    assert fedmask("run", "--out", tmp_path / "a", "--seed", "8").exit_code == 0
+
+
+@pytest.mark.parametrize("other", [["--seed", "8"], ["--clients", "5"]])
+def test_another_run_is_not_resumed(tmp_path, calls, other):
+    unfinished(tmp_path / "a")
+    done = fedmask("run", "--out", tmp_path / "a", *other)
     assert done.exit_code == 2
     assert "--overwrite" in said(done)
     assert not calls

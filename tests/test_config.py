@@ -34,7 +34,10 @@ def test_settings_of_other_methods_are_ignored():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"kapa": 1.0}, r"unknown run-config key kapa\. Did you mean kappa.*keys are: .*num-server-rounds"),
+        (
+            {"kapa": 1.0},
+            r"unknown run-config key kapa\. Did you mean kappa.*keys of deltamask are: .*num-server-rounds",
+        ),
         ({"method": "fedbm"}, "no method 'fedbm': use one of deltamask, fedavg, fedpm"),
         ({"method": "json:loads"}, "no method"),
         ({"method": "no_such_pkg:X"}, "cannot import"),
@@ -52,6 +55,13 @@ def test_settings_of_other_methods_are_ignored():
 def test_bad_values_are_named(change, message):
     with pytest.raises(ConfigError, match=message):
         load_config(tiny.declared_config() | change)
+
+
+def test_a_given_key_of_another_method_is_refused():
+    told = tiny.declared_config() | {"method": "fedpm", "kappa": 0.5}
+    load_config(told)
+    with pytest.raises(ConfigError, match=r"unknown run-config key kappa\..*keys of fedpm"):
+        load_config(told, given=["method", "kappa"])
 
 
 def test_method_keys_cover_the_built_in_methods():

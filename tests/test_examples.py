@@ -68,3 +68,20 @@ def test_the_readme_shows_the_real_diff():
 def test_only_the_apps_differ():
     for file in ("digits/task.py", "digits/__init__.py"):
         assert (EXAMPLES / "plain" / file).read_bytes() == (EXAMPLES / "masked" / file).read_bytes()
+
+
+def test_the_drop_in_trains_with_a_fraction_of_the_nodes(example, monkeypatch):
+    """Its ClientApp has no query handler: nodes are sampled under their ids, and their answers count."""
+    server, client, config = example("masked")
+    seen = []
+
+    class Watched(server.MaskStrategy):
+        def aggregate_train(self, *args):
+            result = super().aggregate_train(*args)
+            seen.append((self.ledger.ok, self.ledger.sent))
+            return result
+
+    monkeypatch.setattr(server, "MaskStrategy", lambda *a: Watched(*a, fraction_train=0.5))
+    config["num-server-rounds"] = 2
+    server.app(LoopbackGrid(client.app, 6, config), Context(1, 1, {}, RecordDict(), config))
+    assert seen == [(3, 3), (3, 3)]

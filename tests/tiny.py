@@ -26,6 +26,20 @@ def net(in_shape=(8,), num_classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.ReLU(), nn.Linear(32, num_classes))
 
 
+def dropout_net(in_shape=(8,), num_classes=3):
+    """One that draws from torch's generator while it trains."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.Dropout(0.5), nn.Linear(32, num_classes)
+    )
+
+
+def norm_net(in_shape=(8,), num_classes=3):
+    """One that cannot be given a batch of one."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, num_classes)
+    )
+
+
 def declared_config():
     """The run config that pyproject.toml declares."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]

@@ -24,8 +24,8 @@ def beta_theta(
     the mean probability that a lossy codec flipped a vote; (theta - f)/(1 - 2f) undoes it in expectation. The
     result lies in [epsilon, 1 - epsilon], so no score is ever infinite.
 
-    Only additions, one division and comparisons of float64 are used: both ends get the same bits from the
-    same integers on any IEEE machine.
+    Only additions, divisions and comparisons of float64 are used: both ends get the same bits from the same
+    integers on any IEEE machine.
 
     Raises
     ------

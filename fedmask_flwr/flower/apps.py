@@ -47,6 +47,7 @@ def serve(grid: Grid, context: Context) -> None:
             fraction_train=config.fraction_train,
             fraction_evaluate=config.fraction_evaluate,
             min_nodes=config.min_nodes,
+            clients=config.clients,
             node_timeout=config.node_timeout,
             run_dir=run_dir,
             **settings,

@@ -100,7 +100,7 @@ def safely(handler: Handler) -> Handler:
     def answer(msg: Message, context: Context) -> Message:
         try:
             reply = handler(msg, context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # a data loader that exits must not silence its node
             log(ERROR, "%s failed", handler.__name__, exc_info=True)
             return Message(Error(RAISED, f"{type(error).__name__}: {error}"), reply_to=msg)
         if not isinstance(reply, Message):

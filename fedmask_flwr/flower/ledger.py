@@ -24,32 +24,70 @@ class Ledger:
 
     sent: int = 0
     ok: int = 0
+    asked: int = 0
+    evaluated: int = 0
     uplink: int = 0
     downlink: int = 0
+    accepted: int = 0
+    told: int = 0
     flower_uplink: int = 0
     flower_downlink: int = 0
-    accepted: int = 0
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
 
-    def spend(self, messages: Sequence[Message]) -> None:
-        """Count downlink bytes."""
-        for message in messages:
-            size = len(frame_of(message.content.array_records[ARRAYS]))
-            self.downlink += size
-            self.flower_downlink += flower_bytes(message.content, size)
+    def send(self, messages: Sequence[Message]) -> None:
+        """Count a round's training messages."""
+        self.sent = len(messages)
+        self.told = self._spend(messages)
+
+    def ask(self, messages: Sequence[Message]) -> None:
+        """Count its evaluation messages, which cost downlink too."""
+        self.asked = len(messages)
+        self._spend(messages)
+
+    def receive(self, reply: Message) -> None:
+        """Count a reply's bytes, readable or not."""
+        arrays = reply.content.array_records.values()
+        frames = sum(len(array.data) for record in arrays for array in record.values())
+        self.uplink += frames
+        self.flower_uplink += flower_bytes(reply.content, frames)
+
+    def _spend(self, messages: Sequence[Message]) -> int:
+        frames = [len(frame_of(message.content.array_records[ARRAYS])) for message in messages]
+        self.downlink += sum(frames)
+        self.flower_downlink += sum(flower_bytes(m.content, n) for m, n in zip(messages, frames, strict=True))
+        return sum(frames)
 
     def line(self, numel: int) -> dict[str, float]:
-        """The round's figures; bits per parameter are a client's mean over d = ``numel`` parameters."""
+        """The round's figures; bits per parameter are means over training clients, of d = ``numel`` parameters."""
         return {
             "uplink_bytes": self.uplink,
             "downlink_bytes": self.downlink,
             "uplink_bpp": 8.0 * self.accepted / max(self.ok, 1) / numel,
-            "downlink_bpp": 8.0 * self.downlink / max(self.sent, 1) / numel,
+            "downlink_bpp": 8.0 * self.told / max(self.sent, 1) / numel,
             "flower_uplink_bytes": self.flower_uplink,
             "flower_downlink_bytes": self.flower_downlink,
             "clients_ok": self.ok,
             "clients_failed": self.sent - self.ok,
+            "evaluations_failed": self.asked - self.evaluated,
         }
+
+
+def answers(replies: Sequence[Message], sent: Sequence[Message]) -> Iterator[tuple[int, Message]]:
+    """Yield (node, reply) of every reply without an error, each message's first one; log the others.
+
+    A dead node's error comes from the SuperLink, so the culprit is found by the message it answers.
+    """
+    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
+    for reply in replies:
+        node = node_of.pop(reply.metadata.reply_to_message_id, None)
+        if node is None:
+            log(WARNING, "a second or unasked reply of node %d dropped", reply.metadata.src_node_id)
+        elif reply.has_error():
+            log(WARNING, "node %d failed (code %d): %s", node, reply.error.code, reply.error.reason)
+        else:
+            yield node, reply
+    for node in node_of.values():  # Flower says nothing of these
+        log(WARNING, "node %d did not answer in time", node)
 
 
 def read_updates(
@@ -69,65 +107,67 @@ def read_updates(
     theirs. ``turn`` carries the round's seed; its client is replaced by each reply's. An error reply, an
     unreadable frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised.
     """
-    node_of = {message.metadata.message_id: message.metadata.dst_node_id for message in sent}
-    by_client: dict[int, Message] = {}
-    for reply in replies:
-        # A dead node's error comes from the SuperLink, so the culprit is found by the message it answers.
-        node = node_of.get(reply.metadata.reply_to_message_id, reply.metadata.src_node_id)
-        if reply.has_error():
-            log(WARNING, "node %d failed (code %d): %s", node, reply.error.code, reply.error.reason)
-            continue
+    by_client: dict[int, list[Message]] = {}
+    for node, reply in answers(replies, sent):
+        ledger.receive(reply)
         try:
-            client = _integer(reply, "client")
+            client = integer(reply, "client")
             if clients.get(node, client) != client:
                 raise WireError(f"it answers as client {client}, but said it was client {clients[node]}")
-            if client in by_client:
-                raise WireError(f"client {client} answered twice: give each node its own client-id")
-            by_client[client] = reply
+            by_client.setdefault(client, []).append(reply)
         except WireError as error:
             log(WARNING, "reply of node %d dropped: %s", node, error)
     for client in sorted(by_client):
-        reply = by_client[client]
         try:
+            if len(by_client[client]) > 1:  # whoever came first must not decide
+                raise WireError(f"{len(by_client[client])} nodes say they are it: give each its own client-id")
             mine = Turn(turn.seed, turn.round, turn.rounds, client)
-            yield _read(reply, mine, method, method.known(told(client), mine), digest, ledger)
+            yield _read(by_client[client][0], mine, method, method.known(told(client), mine), digest, ledger)
         except WireError as error:
             log(WARNING, "reply of client %d dropped: %s", client, error)
-    if len(replies) < len(sent):  # Flower says nothing of these
-        log(WARNING, "%d of %d nodes did not answer in time", len(sent) - len(replies), len(sent))
 
 
 def _read(
     reply: Message, turn: Turn, method: Method[Any], known: SideInfo | None, digest: bytes, ledger: Ledger
 ) -> Update:
     frame = frame_of(reply.content.array_records.get(ARRAYS))
-    ledger.uplink += len(frame)
-    ledger.flower_uplink += flower_bytes(reply.content, len(frame))
-    examples = _integer(reply, "num-examples")
+    examples = integer(reply, "num-examples")
     received = read_frame(frame, method, "up", digest=digest, round_=turn.round, known=known)
-    metrics = reply.content.metric_records[METRICS]
     ledger.ok += 1
     ledger.accepted += len(frame)
-    ledger.metrics.append(
-        (examples, {k: float(v) for k, v in metrics.items() if isinstance(v, float) and math.isfinite(v)})
-    )
+    ledger.metrics.append((float(examples), finite(reply)))
     flips = (codec.flip_rate for codec in received.codecs.values() if isinstance(codec, BitCodec))
     return Update(turn.client, received.payload, float(examples), max(flips, default=0.0))
 
 
-def _integer(reply: Message, name: str) -> int:
+def integer(reply: Message, name: str) -> int:
+    """A reply's "client" or "num-examples".
+
+    Raises
+    ------
+    WireError
+        When it is missing or out of range.
+    """
     record = reply.content.metric_records.get(METRICS)
     value = None if record is None else record.get(name)
-    if not isinstance(value, int) or not 0 <= value < 2**64 or (name == "num-examples" and not 1 <= value < 2**40):
-        raise WireError(f"metrics hold {name} = {value!r}: expected a number from 0, or 1 for num-examples")
+    low, high = (1, 2**40) if name == "num-examples" else (0, 2**64)
+    if not isinstance(value, int) or not low <= value < high:
+        raise WireError(f"metrics hold {name} = {value!r}: expected a whole number from {low}")
     return value
 
 
+def finite(reply: Message) -> dict[str, float]:
+    """The float metrics of a reply that are numbers."""
+    metrics = reply.content.metric_records[METRICS]
+    return {name: v for name, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
+
+
 def weighted_means(metrics: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
-    """Mean of each metric over the clients that gave it, weighted by examples."""
-    names = sorted({name for _, values in metrics for name in values})
+    """Mean of each metric over the clients that gave it, weighted by examples; one that overflows is left out."""
     means = {}
-    for name in names:
+    for name in sorted({name for _, values in metrics for name in values}):
         pairs = [(n, values[name]) for n, values in metrics if name in values]
-        means[name] = sum(n * v for n, v in pairs) / sum(n for n, _ in pairs)
+        mean = sum(n * v for n, v in pairs) / sum(n for n, _ in pairs)
+        if math.isfinite(mean):
+            means[name] = mean
     return means

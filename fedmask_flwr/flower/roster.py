@@ -21,15 +21,17 @@ class Roster:
     """Nodes and the stable client numbers behind them.
 
     Flower's node ids are drawn anew at each start of a simulation, so a sample keyed by them would not repeat.
-    Each new node is asked once for its number; one whose app has no ``query`` handler counts under its node id.
+    Nodes are asked for their numbers; one whose app has no ``query`` handler is sampled under its node id.
+    ``told`` holds what nodes said. ``expect`` nodes are waited for before the first round, ``min_nodes`` later.
     """
 
-    def __init__(self, *, min_nodes: int, node_timeout: float, seed: int) -> None:
+    def __init__(self, *, min_nodes: int, expect: int, node_timeout: float, seed: int) -> None:
         self.min_nodes, self.node_timeout, self.seed = min_nodes, node_timeout, seed
-        self.clients: dict[int, int] = {}
+        self.told: dict[int, int] = {}
+        self._need = max(min_nodes, expect)
 
     def wait(self, grid: Grid) -> list[int]:
-        """Wait for ``min_nodes`` nodes and return all node ids.
+        """Wait for enough nodes and return all node ids.
 
         Raises
         ------
@@ -39,14 +41,15 @@ class Roster:
         deadline = time.monotonic() + self.node_timeout
         while True:
             nodes = list(grid.get_node_ids())
-            if len(nodes) >= self.min_nodes:
+            if len(nodes) >= self._need:
+                self._need = self.min_nodes
                 return nodes
             if time.monotonic() > deadline:
                 raise TimeoutError(
-                    f"{len(nodes)} of {self.min_nodes} nodes came within {self.node_timeout:g} s: start more "
-                    "SuperNodes, or lower min-nodes or raise node-timeout"
+                    f"{len(nodes)} of {self._need} nodes came within {self.node_timeout:g} s: start more "
+                    "SuperNodes, lower min-nodes and clients, or raise node-timeout"
                 )
-            log(INFO, "waiting for nodes: %d of %d", len(nodes), self.min_nodes)
+            log(INFO, "waiting for nodes: %d of %d", len(nodes), self._need)
             time.sleep(POLL)
 
     def sample(self, grid: Grid, fraction: float, purpose: str, server_round: int) -> list[int]:
@@ -56,20 +59,22 @@ class Roster:
         if size == len(nodes):
             return nodes
         self.identify(grid, nodes)
-        nodes.sort(key=lambda node: self.clients[node])
+        nodes.sort(key=lambda node: self.told.get(node, node))
         order = permutation(derive(self.seed, purpose, server_round), len(nodes))
         return [nodes[i] for i in order[:size]]
 
     def identify(self, grid: Grid, nodes: Sequence[int]) -> None:
-        """Learn the client numbers of ``nodes`` into ``clients``; each node is asked once."""
-        asked = [Message(RecordDict(), node, "query") for node in nodes if node not in self.clients]
+        """Ask those of ``nodes`` that have not told their client number yet."""
+        asked = [Message(RecordDict(), node, "query") for node in nodes if node not in self.told]
         if not asked:
             return
         for reply in grid.send_and_receive(asked, timeout=self.node_timeout):
             record = None if reply.has_error() else reply.content.metric_records.get(METRICS)
-            if record is not None and isinstance(record.get("client"), int):
-                self.clients[reply.metadata.src_node_id] = int(str(record["client"]))
-        for node in nodes:
-            if node not in self.clients:
-                log(WARNING, "node %d did not tell its client number: it counts under its node id", node)
-                self.clients[node] = node
+            client = None if record is None else record.get("client")
+            if isinstance(client, int) and 0 <= client < 2**64:
+                self.told[reply.metadata.src_node_id] = client
+        silent = [
+            message.metadata.dst_node_id for message in asked if message.metadata.dst_node_id not in self.told
+        ]
+        if silent:
+            log(WARNING, "%d nodes did not tell their client number, such as %d", len(silent), silent[0])

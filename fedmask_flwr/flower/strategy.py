@@ -18,10 +18,10 @@ from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Turn, resolve
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import Payload, SideInfo, pack
+from fedmask_flwr.wire import Payload, SideInfo, WireError, pack
 
 from .client import count_floats
-from .ledger import Ledger, read_updates, weighted_means
+from .ledger import Ledger, answers, finite, integer, read_updates, weighted_means
 from .records import AS_BUILT, Plan, frame_of, frame_record, read_frame
 from .roster import Roster
 
@@ -48,6 +48,8 @@ class MaskStrategy(Strategy):
         Share of nodes that train, and that evaluate, in a round.
     min_nodes, node_timeout
         Nodes to wait for, and how many seconds.
+    clients
+        Nodes to wait for before the first round, when more than ``min_nodes``.
     run_dir
         Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
     **settings
@@ -72,6 +74,7 @@ class MaskStrategy(Strategy):
         fraction_train: float = 1.0,
         fraction_evaluate: float = 0.0,
         min_nodes: int = 2,
+        clients: int = 0,
         node_timeout: float = 600.0,
         run_dir: RunDir | None = None,
         **settings: Any,
@@ -84,12 +87,13 @@ class MaskStrategy(Strategy):
         self.spec = MaskSpec.of(model, include, exclude)
         self.method = self.plan.build(self.spec, count_floats(model), fraction_train)
         self.digest = model_digest(self.spec, model)
-        self.roster = Roster(min_nodes=min_nodes, node_timeout=node_timeout, seed=seed)
+        self.roster = Roster(min_nodes=min_nodes, expect=clients, node_timeout=node_timeout, seed=seed)
         self.fraction_train, self.fraction_evaluate = fraction_train, fraction_evaluate
         self.run_dir = run_dir
         self.state = self.method.init()
         self.ledger = Ledger()
         self._sent: list[Message] = []
+        self._asked: list[Message] = []
         self._frozen = frozen_weights(model, self.spec)
 
     # What the state looks like from outside
@@ -130,8 +134,8 @@ class MaskStrategy(Strategy):
     ) -> list[Message]:
         """One message a sampled node, each with records of its own."""
         self._sent = self._messages(grid, "train", self.fraction_train, server_round, config)
-        self.ledger = Ledger(sent=len(self._sent))
-        self.ledger.spend(self._sent)
+        self.ledger = Ledger()
+        self.ledger.send(self._sent)
         return self._sent
 
     def aggregate_train(
@@ -143,7 +147,7 @@ class MaskStrategy(Strategy):
             self._sent,
             method=self.method,
             told=self._told(),
-            clients=self.roster.clients,
+            clients=self.roster.told,
             digest=self.digest,
             turn=Turn(self.plan.seed, server_round, self.plan.rounds, 0),
             ledger=self.ledger,
@@ -158,21 +162,20 @@ class MaskStrategy(Strategy):
         """The new state to a sample of nodes; none by default, since it doubles the downlink."""
         if self.fraction_evaluate == 0.0:
             return []
-        messages = self._messages(grid, "evaluate", self.fraction_evaluate, server_round, config)
-        self.ledger.spend(messages)
-        return messages
+        self._asked = self._messages(grid, "evaluate", self.fraction_evaluate, server_round, config)
+        self.ledger.ask(self._asked)
+        return self._asked
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
-        """Means over clients, weighted by examples; broken replies are left out."""
+        """Means over clients, weighted by examples; broken replies are counted and left out."""
         metrics = []
-        for reply in replies:
-            record = None if reply.has_error() else reply.content.metric_records.get("metrics")
-            examples = None if record is None else record.get("num-examples")
-            if record is None or not isinstance(examples, int) or examples < 1:
-                reason = reply.error.reason if reply.has_error() else "no metrics with num-examples"
-                log(ERROR, "evaluation of node %d dropped: %s", reply.metadata.src_node_id, reason)
-                continue
-            metrics.append((float(examples), {k: v for k, v in record.items() if isinstance(v, float)}))
+        for node, reply in answers(list(replies), self._asked):
+            self.ledger.receive(reply)
+            try:
+                metrics.append((float(integer(reply, "num-examples")), finite(reply)))
+            except WireError as error:
+                log(ERROR, "evaluation of node %d dropped: %s", node, error)
+        self.ledger.evaluated = len(metrics)
         return MetricRecord(dict(weighted_means(metrics))) if metrics else None
 
     def start(
@@ -223,7 +226,10 @@ class MaskStrategy(Strategy):
             line["seconds"] = round(time.monotonic() - began, 3)
             self._complete(line)
         if self.run_dir is not None:
-            self.run_dir.finish(self.result_frame(num_rounds))
+            try:
+                self.run_dir.finish(self.result_frame(num_rounds))
+            except OSError as error:
+                log(ERROR, "the result was not saved (%s): free the disk and start the same run again", error)
         return result
 
     # Inside
@@ -249,10 +255,16 @@ class MaskStrategy(Strategy):
         nodes = self.roster.sample(grid, fraction, kind, server_round)
         if self.method.personal:
             self.roster.identify(grid, nodes)
+            nodes = [node for node in nodes if node in self.roster.told]
+            if not nodes:
+                raise RuntimeError(
+                    f"method {self.plan.method} tells each client its own, but no node told its number: register "
+                    "fedmask_flwr.flower.identify as the ClientApp's query handler"
+                )
         told, frame, messages = self._told(), b"", []
         for node in nodes:
             if self.method.personal or not frame:
-                frame = self._pack(told(self.roster.clients.get(node, node)), server_round)
+                frame = self._pack(told(self.roster.told.get(node, node)), server_round)
             content = self.plan.record(server_round, frame, self.method.numel)  # one each: Flower may edit it
             content.config_records["config"].update(config)
             messages.append(Message(content, node, kind))

@@ -54,7 +54,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """How a client trains: optimiser ("adam" | "sgd"), learning rate (None: the method's own) and device."""
+    """How a client trains: optimiser ("adam" | "sgd") and learning rate (None: the method's own)."""
 
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float | None = None

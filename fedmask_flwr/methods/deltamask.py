@@ -9,7 +9,7 @@ with the largest KL(theta_k || theta_g) travel, coded against m_g; the rest of m
 
 Travels: up, an exact code of the kept flips (``codec = "auto"``), about d*H2(p) bits at flip density p, never
 more than 1 bit a parameter; or the paper's filter and picture (``codec = "fuse8+png"``), about 9 bits a flip.
-Down, integer vote counts, at most log2(K + 1) bits a parameter. Both exclude the frame (about 60 bytes).
+Down, integer vote counts, at most log2(K + 1) bits a parameter. Both exclude the frame (about 50 bytes).
 
 Settings: as FedPM, with kappa from ``kappa`` to ``kappa-min`` on a cosine over the run. The paper's end value is
 not known; both are 0.8 here, since an end at 0.5 cost a point of accuracy on digits and MNIST. theta0 0.95 on a

@@ -4,7 +4,7 @@ Paper: Isik, Pase, Gunduz, Weissman, Zorzi, "Sparse Random Networks for Communic
 Learning", ICLR 2023, arXiv 2209.15328.
 
 Travels: up, one fresh sample m_k ~ Bern(theta_k), at most 1 bit a parameter; down, integer vote counts, at
-most log2(K + 1) bits a parameter. Both exclude the frame (about 60 bytes).
+most log2(K + 1) bits a parameter. Both exclude the frame (about 50 bytes).
 
 Settings: Adam 0.1 fresh each round, 3 local epochs, batch 128, posterior mode with prior 1, epsilon 0.01,
 reset every ceil(1/rho) rounds. A learning rate below 0.03 is the commonest reason for "it does not learn".

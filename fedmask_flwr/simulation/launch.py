@@ -14,7 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from fedmask_flwr import data, track
-from fedmask_flwr.config import ConfigError, RunConfig, load_config
+from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns
+from fedmask_flwr.masks import MaskSpec
+from fedmask_flwr.models import backbone
 from fedmask_flwr.show import RoundTable, summary
 from fedmask_flwr.simulation import stage
 from fedmask_flwr.simulation.runtime import LOG, SimulationError
@@ -73,11 +75,15 @@ def prepare(
         raise UsageError("the folder is an option of its own: use --out")
     if isinstance(where := overrides.get("data-dir"), str) and where:
         overrides["data-dir"] = str(Path(where).absolute())
+    if "clients" in overrides:
+        raise UsageError("the number of clients is an option of its own: use --clients")
+    overrides["clients"] = clients
     told = {**defaults, **overrides}
     try:
-        config, _ = load_config(told)
+        config, _ = load_config(told, given=overrides)
         _check_clients(config, clients)
-    except (ConfigError, data.DataError) as error:
+        _check_model(config)
+    except (ConfigError, data.DataError, FileNotFoundError, ValueError) as error:
         raise UsageError(str(error)) from error
     return Plan(out, overrides, config, _check_folder(out, told, config.num_server_rounds, overwrite=overwrite))
 
@@ -118,6 +124,14 @@ def _check_clients(config: RunConfig, clients: int) -> None:
             raise UsageError(f"{clients} clients cannot share {rows} training rows; use fewer --clients")
 
 
+def _check_model(config: RunConfig) -> None:
+    """Build the network once: a wrong model, pattern or checkpoint is found before anything is started."""
+    if ":" not in config.data:
+        rows = data.load(config.data, "train", config.data_dir)
+        model = backbone(config.model, config.weights_source, rows.in_shape, rows.num_classes).build()
+        MaskSpec.of(model, patterns(config.include), patterns(config.exclude))
+
+
 def _check_folder(out: Path, told: Mapping[str, Any], rounds: int, *, overwrite: bool) -> int:
     """Give the last round of the run to resume, 0 where there is none."""
     if out.exists() and not out.is_dir():
@@ -128,7 +142,7 @@ def _check_folder(out: Path, told: Mapping[str, Any], rounds: int, *, overwrite:
         for name in _FILES:
             (out / name).unlink(missing_ok=True)
         return 0
-    if not (out / track.CONFIG).exists():
+    if not (out / track.CONFIG).exists() or not (out / track.CHECKPOINT).exists():
         return 0
     try:
         track.same_run(out, json.loads((out / track.CONFIG).read_text("utf-8")), dict(told))
@@ -158,8 +172,7 @@ def _held(lock: Path) -> bool:
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """Read every complete line of a run's metrics."""
     path = out / track.METRICS
-    text = path.read_text("utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return track.read_lines(path)
 
 
 def launch(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpus: float) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
+import socket
 import subprocess
 import time
 import uuid
@@ -56,6 +58,7 @@ def test_demo():
 
 def test_readme_commands():
     """FedPM on digits, then a look at its mask: the very lines of the README."""
+    shutil.rmtree(ROOT / "runs/fedpm", ignore_errors=True)
     done = {line: shell(line) for line in commands() if line.startswith("fedmask")}
     assert len(done) == 2
     for line, result in done.items():
@@ -110,6 +113,12 @@ def test_a_killed_server_resumes_bit_for_bit(tmp_path):
     assert same == [{k: v for k, v in line.items() if k != "seconds"} for line in whole]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def test_flwr_run_does_the_same_thing(tmp_path):
     """``flwr run .`` from the checkout, in a FLWR_HOME and on ports of its own, ends with fedmask run's mask."""
     changes = {"num-server-rounds": 3, "local-epochs": 1}
@@ -118,7 +127,8 @@ def test_flwr_run_does_the_same_thing(tmp_path):
     env = {
         "E2E_MARK": mark, "FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1", **dict(line.split()[1].split("=") for line in exports),
-        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "49391", "FLWR_LOCAL_CONTROL_API_PORT": "49393", "SPT_NOENV": "1",
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
+        "FLWR_LOCAL_CONTROL_API_PORT": free_port(), "SPT_NOENV": "1",
     }  # fmt: skip
     (config := tmp_path / "run.toml").write_text(
         "".join(f"{k} = {v}\n" for k, v in changes.items()) + f'out = "{tmp_path / "theirs"}"\n'

@@ -8,16 +8,21 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
 from cases import CASES
 from flwr.app import Array, ArrayRecord, Context, Error, Message, MetricRecord, RecordDict
 from loopback import LoopbackGrid
 
 from client_app.main import app
+from fedmask_flwr import show, track
 from fedmask_flwr.checkpoint import CheckpointError
+from fedmask_flwr.checkpoint import write_atomic as atomic
 from fedmask_flwr.config import ConfigError
+from fedmask_flwr.flower import roster
 from fedmask_flwr.flower.apps import serve
 from fedmask_flwr.flower.records import STYPE
 from fedmask_flwr.track import RunDirError
+from fedmask_flwr.train import evaluate
 from fedmask_flwr.wire import Frame, unpack
 
 pytestmark = pytest.mark.flower
@@ -230,6 +235,8 @@ def test_a_broken_client_is_survived_and_counted(name, case, tmp_path):
     good = 3 if name == "duplicated" else 2
     assert [line["clients_ok"] for line in lines] == [3, good, 3]
     assert [line["clients_failed"] for line in lines] == [0, 3 - good, 0]
+    if name in {"huge", "no_metrics", "corrupt", "no_examples"}:  # what travelled is counted, readable or not
+        assert lines[1]["uplink_bytes"] > 1.3 * good * lines[1]["uplink_bpp"] / 8 * 352
 
 
 def test_a_round_without_any_answer_keeps_the_state(tmp_path):
@@ -281,8 +288,6 @@ def test_a_damaged_checkpoint_is_an_error_that_names_the_fix(tmp_path):
 
 
 def test_a_full_disk_costs_no_round(tmp_path, monkeypatch):
-    from fedmask_flwr import track
-
     whole, _ = run(tmp_path / "whole")
     real, failures = track.save_state, [OSError(28, "No space left on device")]
 
@@ -336,6 +341,98 @@ def test_a_personal_method_tells_each_client_its_own(tmp_path):
     run(tmp_path / "cut", 3, method="personal:Personal", num_server_rounds=3, stop_after=2)
     run(tmp_path / "cut", 3, method="personal:Personal", num_server_rounds=3, first_node=7000)
     assert (tmp_path / "cut/mask.fedmask").read_bytes() == (tmp_path / "run/mask.fedmask").read_bytes()
+
+
+def test_two_nodes_with_one_number_are_both_dropped(tmp_path):
+    """Whoever answers first must not decide."""
+
+    def tamper(reply, message, context):
+        if context.node_config["partition-id"] == 2:
+            reply.content.metric_records["metrics"]["client"] = 0
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (1, 2)
+
+
+def test_dropout_repeats_whatever_torch_s_generator_does(tmp_path):
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        before = torch.random.get_rng_state()
+        run(tmp_path / name, 2, model="tiny:dropout_net", num_server_rounds=2)
+        assert torch.equal(before, torch.random.get_rng_state())
+    assert (tmp_path / "a/mask.fedmask").read_bytes() == (tmp_path / "b/mask.fedmask").read_bytes()
+
+
+def test_batch_norm_never_sees_a_batch_of_one(tmp_path):
+    lines, _ = run(tmp_path / "run", 3, model="tiny:norm_net", num_server_rounds=1, batch_size=7)  # 50 = 7 * 7 + 1
+    assert lines[0]["clients_failed"] == 0
+    x, y = torch.randn(1001, 8), torch.zeros(1001, dtype=torch.int64)
+    evaluate(tiny.norm_net(), x, y)
+
+
+def test_hostile_evaluations_are_counted_and_left_out(tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "evaluate":
+            metrics = reply.content.metric_records["metrics"]
+            match context.node_config["partition-id"]:
+                case 0:
+                    metrics["loss"], metrics["num-examples"] = float("nan"), 5
+                case 1:
+                    metrics["num-examples"] = 2**62
+                case 2:
+                    return None
+        return reply
+
+    lines, _ = run(tmp_path / "run", 4, tamper, num_server_rounds=1, fraction_evaluate=1.0)
+    assert lines[0]["evaluations_failed"] == 2
+    assert np.isfinite(lines[0]["client_loss"])
+
+
+def test_expected_clients_are_waited_for(tmp_path):
+    class Growing(LoopbackGrid):
+        looks = 0
+
+        def get_node_ids(self):
+            self.looks += 1
+            return super().get_node_ids()[: 1 + self.looks]
+
+    config = tiny.run_config(out=str(tmp_path / "run"), clients=4, num_server_rounds=1)
+    roster.POLL = 0.01
+    serve(Growing(app, 4, config), Context(1, 1, {}, RecordDict(), config))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert line["clients_ok"] == 4
+
+
+def test_no_matplotlib_costs_the_picture_only(tmp_path, monkeypatch):
+    def plot_curve(*_):
+        raise ImportError("matplotlib")
+
+    monkeypatch.setattr(show, "plot_curve", plot_curve)
+    run(tmp_path / "run", 2, num_server_rounds=1)
+    assert (tmp_path / "run/mask.fedmask").exists()
+    assert not (tmp_path / "run/curve.png").exists()
+
+
+def test_a_full_disk_at_the_end_is_made_good_by_the_same_command(tmp_path, monkeypatch):
+    def full(path, data):
+        if path.name == "mask.fedmask":
+            raise OSError(28, "No space left on device")
+        atomic(path, data)
+
+    monkeypatch.setattr(track, "write_atomic", full)
+    lines, _ = run(tmp_path / "run", 2, num_server_rounds=2)
+    assert len(lines) == 2
+    assert not (tmp_path / "run/mask.fedmask").exists()
+    monkeypatch.setattr(track, "write_atomic", atomic)
+    run(tmp_path / "run", 2, num_server_rounds=2)
+    assert (tmp_path / "run/mask.fedmask").exists()
+
+
+def test_a_run_that_never_finished_a_round_can_be_corrected(tmp_path):
+    with pytest.raises(ValueError, match="matches no parameter"):
+        run(tmp_path / "run", 2, include="layers.*")
+    run(tmp_path / "run", 2, num_server_rounds=1)
 
 
 def test_a_node_cannot_answer_as_another_client(tmp_path):

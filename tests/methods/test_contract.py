@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import tiny
@@ -75,16 +77,19 @@ def test_aggregation_does_not_depend_on_order(case):
 def test_aggregation_streams(case):
     """One update is decoded and dropped before the next is asked for."""
     method, _ = build(case)
-    alive = []
+    seen = []
 
     def stream():
         for k in range(6):
+            assert sum(ref() is not None for ref in seen) <= 1  # the loop variable may hold the last one
             update = random_update(method, k, 1)
-            alive.append(k)
+            fields = update.payload
+            seen.extend(weakref.ref(a) for a in [*fields.bits.values(), *fields.dense.values()])
             yield update
+            del update, fields
 
     state = method.aggregate(method.init(), stream())
-    assert alive == list(range(6))
+    assert len(seen) == 6
     assert np.isfinite(visible(method, state)).all()
 
 
