@@ -2,10 +2,9 @@
 
     python benchmarks/curves.py digits                                       # docs/accuracy-vs-bytes.png
     python benchmarks/curves.py mnist --data-dir ../shared/data/mnist --methods deltamask
-    python benchmarks/curves.py digits --draw                                # from the kept JSON, without runs
 
-Each run is `fedmask run` with its defaults; bytes are whole frames, totals over ten clients. Writes
-benchmarks/results/<data>.json: the metrics of every round of every run.
+Each run is `fedmask run` with its defaults; bytes are whole frames, totals over ten clients. The metrics of every
+round of every run are kept in benchmarks/results/<data>.json; delete that file to measure again.
 """
 
 from __future__ import annotations
@@ -30,9 +29,13 @@ KEPT = ("round", "accuracy_sampled", "accuracy_threshold", "accuracy_expected", 
 
 
 def measure(name, methods, seeds, data_dir):
-    runs = []
+    """Run what is not kept yet; a run is kept as soon as it is complete."""
+    kept = RESULTS / f"{name}.json"
+    runs = json.loads(kept.read_text()) if kept.exists() else []
     for method in methods:
         for seed in seeds:
+            if any((run["method"], run["seed"]) == (method, seed) for run in runs):
+                continue
             with tempfile.TemporaryDirectory() as out:
                 options = f"--method {method} --data {name} --clients 10 --rounds {ROUNDS[name]} --local-epochs 3"
                 command = ["run", *options.split(), "--seed", str(seed), "--out", out]
@@ -41,6 +44,8 @@ def measure(name, methods, seeds, data_dir):
                 lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
             rounds = [{k: round(line[k], 5) for k in KEPT} for line in lines]
             runs.append({"method": method, "data": name, "seed": seed, "clients": 10, "rounds": rounds})
+            RESULTS.mkdir(exist_ok=True)
+            kept.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n")
     return runs
 
 
@@ -81,15 +86,8 @@ def main():
     parser.add_argument("--data-dir", default="")
     parser.add_argument("--methods", default="fedavg,fedpm,deltamask")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--draw", action="store_true", help="read the kept JSON instead of running")
     args = parser.parse_args()
-    kept = RESULTS / f"{args.data}.json"
-    if args.draw:
-        runs = json.loads(kept.read_text())
-    else:
-        runs = measure(args.data, args.methods.split(","), [int(s) for s in args.seeds.split(",")], args.data_dir)
-        RESULTS.mkdir(exist_ok=True)
-        kept.write_text(json.dumps(runs, indent=None).replace("}, {", "},\n{") + "\n")
+    runs = measure(args.data, args.methods.split(","), [int(s) for s in args.seeds.split(",")], args.data_dir)
     table(runs)
     if args.data == "digits":
         draw(runs, args.data)
