@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 
 from flwr.app import Message, RecordDict
@@ -15,6 +16,7 @@ from .records import METRICS
 
 INFO, WARNING = 20, 30
 POLL = 1.0  # seconds between looks at the grid
+TRIES = 3  # an app without a query handler must not cost a message in every round
 
 
 class Roster:
@@ -29,6 +31,7 @@ class Roster:
         self.min_nodes, self.node_timeout, self.seed = min_nodes, node_timeout, seed
         self.told: dict[int, int] = {}
         self._need = max(min_nodes, expect)
+        self._asked: Counter[int] = Counter()
 
     def wait(self, grid: Grid) -> list[int]:
         """Wait for enough nodes and return all node ids.
@@ -64,17 +67,16 @@ class Roster:
         return [nodes[i] for i in order[:size]]
 
     def identify(self, grid: Grid, nodes: Sequence[int]) -> None:
-        """Ask those of ``nodes`` that have not told their client number yet."""
-        asked = [Message(RecordDict(), node, "query") for node in nodes if node not in self.told]
-        if not asked:
+        """Ask those of ``nodes`` that have not told their client number yet, each up to ``TRIES`` times."""
+        unknown = [node for node in nodes if node not in self.told and self._asked[node] < TRIES]
+        if not unknown:
             return
+        self._asked.update(unknown)
+        asked = [Message(RecordDict(), node, "query") for node in unknown]
         for reply in grid.send_and_receive(asked, timeout=self.node_timeout):
             record = None if reply.has_error() else reply.content.metric_records.get(METRICS)
             client = None if record is None else record.get("client")
             if isinstance(client, int) and 0 <= client < 2**64:
                 self.told[reply.metadata.src_node_id] = client
-        silent = [
-            message.metadata.dst_node_id for message in asked if message.metadata.dst_node_id not in self.told
-        ]
-        if silent:
+        if silent := [node for node in unknown if node not in self.told]:
             log(WARNING, "%d nodes did not tell their client number, such as %d", len(silent), silent[0])

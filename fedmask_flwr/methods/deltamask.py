@@ -12,7 +12,8 @@ more than 1 bit a parameter; or the paper's filter and picture (``codec = "fuse8
 Down, integer vote counts, at most log2(K + 1) bits a parameter. Both exclude the frame (about 50 bytes).
 
 Settings: as FedPM, with kappa from ``kappa`` to ``kappa-min`` on a cosine over the run. The paper's end value is
-not known; both are 0.8 here, which is constant. theta0 0.95 on a pretrained backbone. kappa 1 with an exact codec is FedPM, bit for bit, at a fraction of the bytes.
+not known; both are 0.8 here, which is constant. theta0 0.95 on a pretrained backbone. kappa 1 with an exact
+codec is FedPM, bit for bit, at a fraction of the bytes.
 
 Limits: kappa < 1 biases towards the old mask. Filters flip 2^-8 of all other bits; the server removes that in
 expectation, not in variance. One u for all clients (``seed-scope = "global"``) collapses theta onto one
