@@ -162,8 +162,12 @@ def test_sandbox_cleans_after_an_error(tmp_path, token):
 
 
 OWNER = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
 from pathlib import Path
+# A background job of a shell, such as CI may be, inherits these ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
 from fedmask_flwr.simulation import sandbox
 sandbox.secrets.token_hex = lambda n: sys.argv[1]
 with sandbox.stop_signals(), sandbox.sandbox("1", "") as place:
@@ -336,8 +340,9 @@ def test_two_runs_at_once(tmp_path):
 
 
 RUNNER = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
 from fedmask_flwr.simulation import runtime, sandbox
 sandbox.secrets.token_hex = lambda n: sys.argv[1]
 runtime.run({"mode": "hang"}, num_clients=3, out=Path(sys.argv[2]), on_round=print, root=Path(sys.argv[3]))
