@@ -130,14 +130,12 @@ def test_flwr_run_does_the_same_thing(tmp_path):
         "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": free_port(),
         "FLWR_LOCAL_CONTROL_API_PORT": free_port(), "SPT_NOENV": "1",
     }  # fmt: skip
-    (config := tmp_path / "run.toml").write_text(
-        "".join(f"{k} = {v}\n" for k, v in changes.items()) + f'out = "{tmp_path / "theirs"}"\n'
-    )
+    config = " ".join(f"{k}={v}" for k, v in changes.items()) + f" out='{tmp_path / 'theirs'}'"
     (readme,) = [line for line in commands() if line.startswith("flwr run")]
     try:
         path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            [*shlex.split(readme), "--run-config", str(config)],
+            [*shlex.split(readme), "--run-config", config],
             cwd=ROOT, env={**os.environ, **env, "PATH": path},
             capture_output=True, text=True, check=False, timeout=300,
         )  # fmt: skip
