@@ -1,4 +1,4 @@
-"""Choose defaults on held-out *training* images of MNIST: input scale and Adam's epsilon.
+"""Compare defaults on held-out *training* images of MNIST: input scale and Adam's epsilon.
 
     python benchmarks/settings.py --data-dir ../shared/data/mnist --rounds 8
 

@@ -31,8 +31,8 @@ class RunDir:
     path
         The folder; made when missing.
     config
-        The flat run config. A folder that was begun with another one is refused, except for settings that say
-        where a run happens rather than what it computes.
+        The flat run config. A folder that holds a complete round of another one is refused, except for settings
+        that say where a run happens rather than what it computes.
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
