@@ -1,4 +1,4 @@
-"""The command line: ``fedmask run`` and ``fedmask inspect``."""
+"""The command line: ``fedmask run``, ``compare``, ``report`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -44,38 +44,59 @@ def _main(
     pass
 
 
+# Options of every command that trains; what is not given keeps the app's default.
+Clients = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
+Data = Annotated[
+    str | None,
+    typer.Option(help="digits, mnist, fashion-mnist, cifar10, npz or 'package.module:function'."),
+]
+DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="mlp, lenet5, leaf, har, conv4, conv6, torchvision:NAME or 'package.module:builder'."),
+]
+Rounds = Annotated[int | None, typer.Option(help="Rounds.")]
+LocalEpochs = Annotated[int | None, typer.Option(help="Epochs a client trains in a round.")]
+BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
+Partition = Annotated[str | None, typer.Option(help="iid, dirichlet, classes or group.")]
+Alpha = Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")]
+Config = Annotated[
+    list[str] | None,
+    typer.Option("-c", "--config", metavar="KEY=VALUE", help="Any other run-config key; repeatable."),
+]
+Cpus = Annotated[int, typer.Option(min=1, help="CPU cores a client task reserves.")]
+Gpus = Annotated[float, typer.Option(min=0, help="GPUs (or a share of one) a client task reserves.")]
+
+
+def _given(**options: str | int | float | Path | None) -> dict[str, str | int | float | bool]:
+    """Run-config keys of the options that were given; data_dir becomes data-dir."""
+    named = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in named.items()}
+
+
 @app.command()
 def run(
     out: Annotated[Path, typer.Option(help="Folder of this run; an unfinished run in it is resumed.")] = Path(
         "runs/first"
     ),
-    clients: Annotated[int, typer.Option(min=1, help="Simulated clients.")] = 10,
-    method: Annotated[str | None, typer.Option(help="fedpm, deltamask, fedavg or 'package.module:Class'.")] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(help="digits, mnist, fashion-mnist, cifar10, npz or 'package.module:function'."),
+    clients: Clients = 10,
+    method: Annotated[
+        str | None, typer.Option(help="A built-in method, such as deltamask or fedavg, or 'package.module:Class'.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    model: Annotated[
-        str | None,
-        typer.Option(help="mlp, lenet5, conv4, conv6, torchvision:NAME or 'package.module:builder'."),
-    ] = None,
-    rounds: Annotated[int | None, typer.Option(help="Rounds.")] = None,
-    local_epochs: Annotated[int | None, typer.Option(help="Epochs a client trains in a round.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a batch.")] = None,
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    rounds: Rounds = None,
+    local_epochs: LocalEpochs = None,
+    batch_size: BatchSize = None,
     lr: Annotated[float | None, typer.Option(help="Learning rate; 0 is the method's own.")] = None,
-    partition: Annotated[str | None, typer.Option(help="iid, dirichlet or classes.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")] = None,
+    partition: Partition = None,
+    alpha: Alpha = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     codec: Annotated[str | None, typer.Option(help="Codec of the bits that clients send.")] = None,
-    config: Annotated[
-        list[str] | None,
-        typer.Option("-c", "--config", metavar="KEY=VALUE", help="Any other run-config key; repeatable."),
-    ] = None,
-    cpus_per_client: Annotated[int, typer.Option(min=1, help="CPU cores a client task reserves.")] = 1,
-    gpus_per_client: Annotated[
-        float, typer.Option(min=0, help="GPUs (or a share of one) a client task reserves.")
-    ] = 0,
+    config: Config = None,
+    cpus_per_client: Cpus = 1,
+    gpus_per_client: Gpus = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the earlier run in the folder first.")
     ] = False,
@@ -86,24 +107,23 @@ def run(
     """
     from fedmask_flwr.simulation import launch
 
-    given = {
-        "method": method,
-        "data": data,
-        "data-dir": None if data_dir is None else str(data_dir.absolute()),
-        "model": model,
-        "num-server-rounds": rounds,
-        "local-epochs": local_epochs,
-        "batch-size": batch_size,
-        "learning-rate": lr,
-        "partition": partition,
-        "alpha": alpha,
-        "seed": seed,
-        "codec": codec,
-    }
+    given = _given(
+        method=method,
+        data=data,
+        data_dir=data_dir,
+        model=model,
+        num_server_rounds=rounds,
+        local_epochs=local_epochs,
+        batch_size=batch_size,
+        learning_rate=lr,
+        partition=partition,
+        alpha=alpha,
+        seed=seed,
+        codec=codec,
+    )
     console = Console()
     try:
-        options = {k: v for k, v in given.items() if v is not None}
-        plan = launch.prepare(options, config or [], out, clients=clients, overwrite=overwrite)
+        plan = launch.prepare(given, config or [], out, clients=clients, overwrite=overwrite)
     except launch.UsageError as error:
         _stop(str(error), USAGE)
     try:
@@ -112,6 +132,86 @@ def run(
         _stop(str(error), FAILED)
     except KeyboardInterrupt:
         _stop(f"stopped; the same command resumes {plan.out}", 130)
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated, each with settings of its own where it has some: "
+            "'fedpm, deltamask(kappa=1.0 codec=rice)'."
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the comparison, one folder a run in it; runs complete there are kept.")
+    ] = Path("runs/compare"),
+    clients: Clients = 10,
+    data: Data = None,
+    data_dir: DataDir = None,
+    model: Model = None,
+    rounds: Rounds = None,
+    local_epochs: LocalEpochs = None,
+    batch_size: BatchSize = None,
+    partition: Partition = None,
+    alpha: Alpha = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="How many seeds, from the run config's on; 3 when not given.")
+    ] = None,
+    seed_list: Annotated[str | None, typer.Option(help="The seeds, comma-separated, instead.")] = None,
+    config: Config = None,
+    cpus_per_client: Cpus = 1,
+    gpus_per_client: Gpus = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the earlier comparison in the folder first.")
+    ] = False,
+) -> None:
+    """Run several methods, several seeds, all else equal, in one simulation; then print a table of them.
+
+    Exit code 0: completed. 1: some run failed. 2: a wrong option or folder, nothing was started.
+    """
+    from fedmask_flwr.simulation import comparing, launch
+
+    given = _given(
+        data=data,
+        data_dir=data_dir,
+        model=model,
+        num_server_rounds=rounds,
+        local_epochs=local_epochs,
+        batch_size=batch_size,
+        partition=partition,
+        alpha=alpha,
+    )
+    try:
+        plan = comparing.prepare(
+            given,
+            config or [],
+            out,
+            methods=methods,
+            seeds=seeds,
+            seed_list=seed_list,
+            clients=clients,
+            overwrite=overwrite,
+        )
+    except launch.UsageError as error:
+        _stop(str(error), USAGE)
+    try:
+        comparing.launch_all(plan, Console(), num_clients=clients, cpus=cpus_per_client, gpus=gpus_per_client)
+    except launch.RunError as error:
+        _stop(str(error), FAILED)
+    except KeyboardInterrupt:
+        _stop(f"stopped; the same command resumes {plan.out}", 130)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison.")]) -> None:
+    """Print and write a comparison's table and picture again, from what its runs recorded."""
+    from fedmask_flwr.simulation import comparing, launch
+
+    try:
+        comparing.show(folder, Console())
+    except launch.RunError as error:
+        _stop(str(error), FAILED)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import tomllib
 from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
@@ -23,18 +24,19 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True)
 
-    method: str = Field("deltamask", description="fedpm, deltamask, fedavg, or 'package.module:Class'")
+    method: str = Field("deltamask", description="a built-in method, or 'package.module:Class'")
     data: str = Field(
         "digits",
         description="digits, mnist, fashion-mnist, cifar10, npz (a folder of train.npz and test.npz), or "
         "'package.module:function'",
     )
     data_dir: str = Field("", description="folder of the data set")
-    partition: Literal["iid", "dirichlet", "classes"] = "iid"
+    partition: Literal["iid", "dirichlet", "classes", "group"] = "iid"
     alpha: float = Field(0.5, gt=0.0, description="concentration of the Dirichlet partition")
     classes_per_client: int = Field(2, ge=1)
     model: str = Field(
-        "mlp", description="mlp, lenet5, conv4, conv6, torchvision:NAME, or 'package.module:builder'"
+        "mlp",
+        description="mlp, lenet5, leaf, har, conv4, conv6, torchvision:NAME, or 'package.module:builder'",
     )
     weights: str = Field(
         "seed", description="seed (the run's), seed:N[:scale], file:PATH#sha256=HEX, or torchvision:DEFAULT"
@@ -43,11 +45,22 @@ class RunConfig(BaseModel):
     exclude: str = Field("", description="comma-separated patterns of parameter names to leave frozen")
     num_server_rounds: int = Field(20, ge=1)
     local_epochs: int = Field(3, ge=1)
+    adapt_epochs: int = Field(
+        -1, ge=-1, description="epochs a device fine-tunes before it evaluates; -1 means the method's own"
+    )
     batch_size: int = Field(0, ge=0, description="0 means an eighth of a client's examples, within 32 and 128")
     optimizer: Literal["adam", "sgd"] = "adam"
     learning_rate: float = Field(0.0, ge=0.0, description="0 means the method's own")
     fraction_train: float = Field(1.0, gt=0.0, le=1.0)
-    fraction_evaluate: float = Field(0.0, ge=0.0, le=1.0, description="share of clients that evaluate each round")
+    fraction_evaluate: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="share of clients that evaluate each round; all, where only devices can",
+    )
+    evaluate_every: int = Field(
+        1, ge=1, description="rounds between evaluations on clients; the last always is one"
+    )
     eval_samples: int = Field(3, ge=1, description="networks drawn for accuracy_sampled")
     min_nodes: int = Field(2, ge=1, description="nodes to wait for, and the fewest that train in a round")
     clients: int = Field(
@@ -61,7 +74,16 @@ class RunConfig(BaseModel):
     seed: int = Field(7, ge=0, lt=2**63)
     threads: int = Field(1, ge=1, description="torch threads in a client")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    memory_dir: str = Field(
+        "", description="folder of a device's memory; empty: fedmask-flwr below $XDG_STATE_HOME or ~/.local/state"
+    )
     out: str = Field("", description="absolute folder of the run; empty: runs/<run id> below the server's folder")
+    compare: str = Field(
+        "",
+        description="methods to run one after another, such as 'fedpm, deltamask(kappa=1.0 codec=rice)'; `method` "
+        "and `seed` are then filled in for each run",
+    )
+    seeds: str = Field("", description="comma-separated seeds of the compared runs; empty: seed, seed+1, seed+2")
 
     @field_validator("codec")
     @classmethod
@@ -86,6 +108,27 @@ class RunConfig(BaseModel):
 def patterns(text: str) -> tuple[str, ...]:
     """Split a comma-separated list of name patterns."""
     return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def scalar(key: str, text: str, default: str | int | float | bool | None) -> str | int | float | bool:
+    """Read the value of ``key=text`` as TOML does, a bare word as a string, in the type of the default.
+
+    Raises
+    ------
+    ConfigError
+        When it is a list, a table or a date.
+    """
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except (ValueError, RecursionError):
+        value = text  # a bare word
+    if isinstance(default, str) and not isinstance(value, str):
+        value = text
+    if isinstance(default, float) and type(value) is int:
+        value = float(value)
+    if not isinstance(value, str | int | float | bool):
+        raise ConfigError(f"{key}={text}: a value is one string, number or true/false")
+    return value
 
 
 def method_keys() -> dict[str, set[str]]:

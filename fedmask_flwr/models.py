@@ -1,7 +1,7 @@
-"""Small networks for images and vectors, as plain modules; larger ones come from torchvision.
+"""Small networks for images, sensor windows and vectors, as plain modules; larger ones come from torchvision.
 
 Every builder is ``builder(in_shape, num_classes, **options) -> nn.Module``; `in_shape` is the shape of
-one example, (channels, height, width) for the convolutional ones.
+one example: (channels, height, width) for the convolutional ones, (channels, time) for `har`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from .masks.backbone import Option
 MODELS: dict[str, str] = {
     "conv4": "fedmask_flwr.models:conv4",
     "conv6": "fedmask_flwr.models:conv6",
+    "har": "fedmask_flwr.models:har",
+    "leaf": "fedmask_flwr.models:leaf",
     "lenet5": "fedmask_flwr.models:lenet5",
     "mlp": "fedmask_flwr.models:mlp",
 }
@@ -56,6 +58,61 @@ def lenet5(in_shape: Sequence[int], num_classes: int) -> nn.Module:
         nn.Linear(120, 84),
         nn.ReLU(),
         nn.Linear(84, num_classes),
+    )
+
+
+def leaf(in_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """The image CNN of LEAF (arXiv:1812.01097), small: same 5x5 convolutions of 32 and 64, then 128-classes.
+
+    Raises
+    ------
+    ValueError
+        `in_shape` is no image shape, or smaller than 4 pixels.
+    """
+    channels, height, width = _image(in_shape, 4)
+    return nn.Sequential(
+        nn.Conv2d(channels, 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64 * (height // 4) * (width // 4), 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
+    )
+
+
+def har(in_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """1-D CNN for sensor windows (channels, time): same convolutions of 32, 64 and 64, then 128-classes.
+
+    Any window length gives the same weights: the last feature maps are averaged to 8 steps.
+
+    Raises
+    ------
+    ValueError
+        `in_shape` is not (channels, time), or shorter than 4 steps.
+    """
+    if len(in_shape) != 2 or min(in_shape) < 1 or in_shape[1] < 4:
+        raise ValueError(
+            f"expected (channels, time) with at least 4 steps, got {tuple(in_shape)}: "
+            "use 'leaf' for images, 'mlp' for vectors"
+        )
+    return nn.Sequential(
+        nn.Conv1d(in_shape[0], 32, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(32, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool1d(2),
+        nn.Conv1d(64, 64, 5, padding=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool1d(8),
+        nn.Flatten(),
+        nn.Linear(64 * 8, 128),
+        nn.ReLU(),
+        nn.Linear(128, num_classes),
     )
 
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from fedmask_flwr.data import DataError, keyed_rng
 
-__all__ = ["SCHEMES", "partition"]
+__all__ = ["SCHEMES", "Scheme", "frozen", "need_group", "partition"]
 
-Scheme = Literal["iid", "dirichlet", "classes"]
-SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "classes")
+Scheme = Literal["iid", "dirichlet", "classes", "group"]
+SCHEMES: tuple[Scheme, ...] = ("iid", "dirichlet", "classes", "group")
 
 # Each of these is ten draws inside DirichletPartitioner.
 _DIRICHLET_SEEDS = 5
@@ -28,6 +28,7 @@ def partition(
     *,
     alpha: float = 0.5,
     classes_per_client: int = 2,
+    group: NDArray[np.int64] | None = None,
     seed: int,
 ) -> list[NDArray[np.int64]]:
     """Split rows among clients; the result depends on the arguments alone and is cached.
@@ -36,13 +37,17 @@ def partition(
     ----------
     labels : int64 array, shape (n,)
     num_partitions : int
-    scheme : "iid" | "dirichlet" | "classes"
+    scheme : "iid" | "dirichlet" | "classes" | "group"
         ``iid`` deals shuffled rows out evenly. ``dirichlet`` draws each class's shares from
         Dirichlet(`alpha`); no client is empty. ``classes`` gives each client exactly `classes_per_client`
         classes, and drops the rows of a class that no client was given (few clients, few classes each).
+        ``group`` gives each client all rows of one group, groups in ascending order; groups beyond the first
+        `num_partitions` are not used.
     alpha : float
         Concentration; small is uneven.
     classes_per_client : int
+    group : int64 array, shape (n,), or None
+        Whose row it is; what ``group`` needs and the others do not look at.
     seed : int
 
     Returns
@@ -62,6 +67,8 @@ def partition(
         raise DataError(f"{num_partitions} partitions of {len(labels)} rows; use fewer clients or more data")
     if scheme not in SCHEMES:
         raise DataError(f"unknown partition scheme {scheme!r}; use one of {', '.join(SCHEMES)}")
+    if scheme == "group":
+        return _by_group(group, num_partitions)
     if scheme == "dirichlet" and not (np.isfinite(alpha) and alpha > 0):
         raise DataError(f"alpha is {alpha}; use a number above 0")
     if scheme == "classes" and not 1 <= classes_per_client <= (most := len(np.unique(labels))):
@@ -87,15 +94,35 @@ def _partition(
         except ValueError as error:
             reason = error
             continue
-        rows = tuple(order[p] for p in parts)
-        if all(len(r) for r in rows):
-            for r in rows:
-                r.flags.writeable = False
-            return rows
+        if all(len(p) for p in parts):
+            return tuple(frozen(order[p]) for p in parts)
     fix = "raise alpha or use fewer clients" if scheme == "dirichlet" else "use fewer clients or fewer classes each"
     raise DataError(
         f"cannot split {len(labels)} rows by {scheme!r} among {num_partitions} clients, none empty; {fix}"
     ) from reason
+
+
+def _by_group(group: NDArray[np.int64] | None, num_partitions: int) -> list[NDArray[np.int64]]:
+    names = np.unique(need_group(group, "training"))
+    if num_partitions > len(names):
+        raise DataError(f"{num_partitions} clients and {len(names)} groups; use {len(names)} clients or fewer")
+    return [frozen(np.flatnonzero(group == g)) for g in names[:num_partitions]]
+
+
+def need_group(group: NDArray[np.int64] | None, split: str) -> NDArray[np.int64]:
+    """Give the groups of a split, or raise `DataError` where there are none."""
+    if group is None:
+        raise DataError(
+            f"partition 'group' needs to know whose each row is, and the {split} split does not say: add an "
+            "integer array 'group' of shape (n,) to the .npz file, or return a Dataset with group"
+        )
+    return group
+
+
+def frozen(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Make cached rows read-only."""
+    rows.flags.writeable = False
+    return rows
 
 
 def _sub_seed(seed: int, k: int) -> int:

@@ -16,7 +16,7 @@ S = TypeVar("S")
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
 MASK, CURVE, LOCK = "mask.fedmask", "curve.png", ".lock"
 log = logging.getLogger(__name__)
-WHERE_NOT_WHAT = frozenset({"out", "data-dir", "node-timeout", "round-timeout"})
+WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", "node-timeout", "round-timeout"})
 
 
 class RunDirError(RuntimeError):
@@ -126,6 +126,25 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return found if isinstance(found, dict) and isinstance(found.get("round"), int) else None
+
+
+def standing(path: Path, told: Mapping[str, Any]) -> tuple[int, bool]:
+    """Give the last recorded round of the run in a folder, and whether that run is complete.
+
+    Raises
+    ------
+    RunDirError
+        The folder holds a complete round of a run with other settings, or its config is damaged.
+    """
+    written = path / CONFIG
+    if not written.exists() or not (path / CHECKPOINT).exists():
+        return 0, False
+    try:
+        same_run(path, json.loads(written.read_text("utf-8")), json.loads(json.dumps(dict(told))))
+    except ValueError as error:
+        raise RunDirError(f"{written} is damaged ({error}): use another folder, or --overwrite") from error
+    last = max((line["round"] for line in read_lines(path / METRICS)), default=0)
+    return last, last >= int(told["num-server-rounds"]) and (path / MASK).exists()
 
 
 def same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:

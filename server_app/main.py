@@ -8,7 +8,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation that the run config describes."""
+    """Run the federation, or the comparison of several, that the run config describes."""
     from fedmask_flwr.flower.apps import serve
+    from fedmask_flwr.flower.compare import compare
 
-    serve(grid, context)
+    run = compare if context.run_config.get("compare") else serve
+    run(grid, context)

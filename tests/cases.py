@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import oracles_fedmask as fedmask
+import oracles_baselines as baselines
 import oracles_methods as oracles
 
 
@@ -22,6 +24,13 @@ class Case:
     exact: bool = True  # aggregation does not depend on order in any bit; float sums do in the last
     accuracy: float = 0.8  # reached by two clients in 12 rounds of the tiny task (chance: 0.33)
     bpp_up: float = 1.0  # bits a parameter that the method's card promises at most, frame apart
+    lr: float = 0.05
+    reply: Callable[..., Any] | None = None  # (method, state, client, rng) -> payload, where not any bits will do
+    visible: Callable[..., Any] | None = None  # (method, state) -> what the oracle predicts
+
+    def config(self):
+        """The method's own settings, without the codec."""
+        return {k: v for k, v in self.settings.items() if k != "codec"}
 
 
 CASES = {
@@ -30,4 +39,21 @@ CASES = {
     "deltamask": Case("deltamask", oracles.beta),
     "deltamask-filter": Case("deltamask", oracles.beta, {"codec": "fuse8+png", "kappa": 1.0}, bpp_up=9.5),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),
+    "fedmask": Case("fedmask", fedmask.fedmask, bpp_up=1.6, lr=0.1, reply=fedmask.reply, visible=fedmask.visible),
+    "fedmask-bit": Case(
+        "fedmask",
+        fedmask.fedmask,
+        {"returns": "bit", "prune_by": "neuron", "codec": "fuse8+png"},
+        accuracy=0.6,
+        bpp_up=9.5,
+        lr=0.1,
+        reply=fedmask.reply,
+        visible=fedmask.visible,
+    ),
+    "standalone": Case("standalone", oracles.standalone, bpp_up=0.0),
+    "bnn-fedavg": Case("bnn-fedavg", baselines.signs, exact=False, bpp_up=3.81, lr=0.1),
+    "finetune": Case("finetune", baselines.mean_of_weights, exact=False, bpp_up=32.0),
+    "lg-fedavg": Case("lg-fedavg", baselines.mean_of_weights, {"shared_layers": 1}, exact=False, bpp_up=8.2),
+    "linear-probe": Case("linear-probe", baselines.mean_of_weights, exact=False, bpp_up=8.2),
+    "per-fedavg": Case("per-fedavg", baselines.mean_of_weights, exact=False, bpp_up=32.0),
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,3 +45,42 @@ def ste_gradient(
     penalty = sparsity * torch.cat([torch.sigmoid(s).reshape(-1) for s in leaves.values()]).mean()
     total = loss(lambda *a, **k: functional_call(model, weights, a, k)) + penalty
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
+
+
+def threshold_bit(s: float, tau: float, kept: bool = True) -> bool:
+    """1[sigmoid(s) >= tau], pruned positions 0."""
+    return kept and 1 / (1 + math.exp(-s)) >= tau
+
+
+def train_positions(
+    scores: Sequence[float],
+    dloss: Sequence[float],
+    support: Sequence[bool],
+    steps: int,
+    *,
+    lr: float,
+    adam: bool = False,
+    momentum: float = 0.0,
+    ste: str = "identity",
+    sparsity: float = 0.0,
+    bound: float = math.inf,
+) -> list[float]:
+    """Scores after `steps` updates with the constant dL/dm `dloss`, a position at a time."""
+    out = []
+    for s0, g, kept in zip(scores, dloss, support, strict=True):
+        s, m, v = s0, 0.0, 0.0
+        for t in range(1, steps + 1):
+            if not kept:
+                break
+            theta = 1 / (1 + math.exp(-s))
+            slope = theta if ste == "p" else 1.0
+            ds = (g * slope + sparsity / len(scores)) * theta * (1 - theta)
+            if adam:
+                m, v = 0.9 * m + 0.1 * ds, 0.999 * v + 0.001 * ds * ds
+                s -= lr * m / (1 - 0.9**t) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)
+            else:
+                m = momentum * m + ds
+                s -= lr * m
+            s = min(max(s, -bound), bound)
+        out.append(s)
+    return out

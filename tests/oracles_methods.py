@@ -8,7 +8,7 @@ import numpy as np
 def beta(method, rounds):
     """FedPM's and DeltaMask's posterior, one position at a time; ``rounds`` holds lists of updates.
 
-    Returns theta as a list, or None before the first vote.
+    Returns theta as a list, or theta0 before the first vote.
     """
     config = method.config
     window = config.reset or int(np.ceil(1 / method.fraction))
@@ -28,7 +28,7 @@ def beta(method, rounds):
                 alpha[i] += bit
                 beta_[i] += 1 - bit
     if not votes:
-        return None
+        return [config.theta0] * method.numel
     f, theta = flips / votes, []
     for a, b in zip(alpha, beta_, strict=True):
         p = a / (a + b) if config.estimator == "mean" else (a - 1) / (a + b - 2)
@@ -39,7 +39,7 @@ def beta(method, rounds):
 
 def fedavg(method, rounds):
     """The weighted mean of the last round that brought anything."""
-    found = None
+    found = method.start
     for updates in rounds:
         if updates:
             total = sum(u.weight for u in updates)
@@ -48,3 +48,8 @@ def fedavg(method, rounds):
                 for i in range(method.floats)
             ]
     return found
+
+
+def standalone(method, rounds):
+    """The server never learns anything."""
+    return method.start

@@ -27,7 +27,7 @@ class Personal(BetaMethod):
     personal = True
     State = PersonalState
 
-    def known(self, got, turn):
+    def known(self, got, turn, shared):
         return SideInfo(self.spec.sizes, pack_bits(self.theta(got) >= 0.5))
 
     def init(self):
@@ -47,5 +47,5 @@ class Personal(BetaMethod):
     def result(self, state):
         return Payload(bits={"mask": pack_bits(state.masks.mean(axis=0) >= 0.5)})
 
-    def finish(self, got, model, optimizer, turn):
+    def finish(self, got, model, optimizer, turn, memory):
         return Payload(bits={"mask": pack_bits(self.draw(trained_theta(optimizer), turn))})

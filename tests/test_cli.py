@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from fedmask_flwr import __version__, show
 from fedmask_flwr.cli import app
+from fedmask_flwr.config import scalar
 from fedmask_flwr.simulation import SimulationError, launch, reaper, sandbox, stage
 from fedmask_flwr.wire import Field, Frame, Payload, SideInfo, codec, pack, pack_bits
 
@@ -74,7 +75,8 @@ def test_start_up_is_light():
 
 def test_only_what_was_given_goes_into_the_run_config(tmp_path, calls):
     assert fedmask("run", "--out", tmp_path / "a").exit_code == 0
-    assert calls == [({"clients": 10}, 10, tmp_path / "a")]
+    told = {"clients": 10, "memory-dir": str(tmp_path / "a/memory")}
+    assert calls == [(told, 10, tmp_path / "a")]
 
 
 def test_options_and_their_keys(tmp_path, calls, monkeypatch):
@@ -91,6 +93,7 @@ def test_options_and_their_keys(tmp_path, calls, monkeypatch):
         "num-server-rounds": 2, "local-epochs": 1, "batch-size": 8, "learning-rate": 1.0,
         "partition": "dirichlet", "alpha": 2.0, "seed": 3,
         "codec": "rice", "min-nodes": 3, "weights": "seed:4", "clients": 3,
+        "memory-dir": str(tmp_path / "b/memory"),
     }  # fmt: skip
     assert isinstance(config["alpha"], float)
 
@@ -103,7 +106,7 @@ def test_options_and_their_keys(tmp_path, calls, monkeypatch):
     ],
 )  # fmt: skip
 def test_values(text, default, value):
-    got = launch._value("k", text, default)
+    got = scalar("k", text, default)
     assert (got, type(got)) == (value, type(value))
 
 
@@ -112,7 +115,7 @@ def test_values(text, default, value):
     [
         (["-c", "learning-rat=1"], "learning-rat. Did you mean learning-rate"),
         (["--rounds", "0"], "num-server-rounds"),
-        (["--partition", "idd"], "'iid', 'dirichlet' or 'classes'"),
+        (["--partition", "idd"], "'iid', 'dirichlet', 'classes' or 'group'"),
         (["--codec", "zip"], "use one of auto"),
         (["--method", "fedprm"], "fedpm"),
         (["-c", "alpha"], "write KEY=VALUE"),

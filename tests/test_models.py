@@ -15,6 +15,11 @@ from fedmask_flwr.models import MODELS, backbone
         ("mlp", (1, 28, 28), 10, 784 * 300 + 300 * 100 + 100 * 10),
         ("lenet5", (1, 28, 28), 10, 150 + 2400 + 400 * 120 + 120 * 84 + 84 * 10),
         ("lenet5", (3, 32, 32), 7, 450 + 2400 + 400 * 120 + 120 * 84 + 84 * 7),
+        ("leaf", (3, 32, 32), 10, 2400 + 51_200 + 4096 * 128 + 1280),
+        ("leaf", (1, 30, 5), 2, 800 + 51_200 + 64 * 7 * 128 + 256),
+        ("har", (6, 128), 6, 960 + 10_240 + 20_480 + 512 * 128 + 128 * 6),
+        ("har", (1, 4), 3, 160 + 10_240 + 20_480 + 512 * 128 + 128 * 3),
+        ("har", (9, 77), 12, 1440 + 10_240 + 20_480 + 512 * 128 + 128 * 12),
         ("lenet5", (1, 40, 28), 2, 150 + 2400 + 16 * 8 * 5 * 120 + 120 * 84 + 84 * 2),
     ],
 )
@@ -27,9 +32,10 @@ def test_masked_weights_and_output(name, in_shape, classes, weights):
 
 def test_every_short_name_builds():
     for name, path in MODELS.items():
-        b = backbone(name, "seed:1", (1, 16, 16), 5)
+        shape = (6, 32) if name == "har" else (1, 16, 16)
+        b = backbone(name, "seed:1", shape, 5)
         assert b.arch == path
-        assert b.build()(torch.zeros(1, 1, 16, 16)).shape == (1, 5)
+        assert b.build()(torch.zeros(1, *shape)).shape == (1, 5)
 
 
 def test_resolution():
@@ -44,11 +50,16 @@ def test_resolution():
 
 
 def test_clear_refusals():
-    with pytest.raises(ValueError, match="conv4, conv6, lenet5, mlp"):
+    with pytest.raises(ValueError, match="conv4, conv6, har, leaf, lenet5, mlp"):
         backbone("conv5", "seed:1", (1, 28, 28), 10)
     with pytest.raises(ValueError, match=r"shape \(3, height, width\)"):
         backbone("torchvision:resnet18", "seed:1", (1, 28, 28), 10)
-    for name in ("conv4", "conv6", "lenet5"):
+    for name in ("conv4", "conv6", "leaf", "lenet5"):
         for shape in ((64,), (1, 3, 64)):
             with pytest.raises(ValueError, match="channels, height, width"):
                 backbone(name, "seed:1", shape, 10).build()
+    for shape in ((64,), (1, 28, 28), (0, 128), (6, 3)):
+        with pytest.raises(ValueError, match=r"\(channels, time\) with at least 4 steps"):
+            backbone("har", "seed:1", shape, 10).build()
+    with pytest.raises(ValueError, match="sides of at least 4"):
+        backbone("leaf", "seed:1", (3, 3, 32), 10).build()

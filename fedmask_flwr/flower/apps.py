@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord
@@ -10,15 +12,13 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmask_flwr import data
-from fedmask_flwr.config import RunConfig, load_config, patterns
-from fedmask_flwr.masks import Backbone
-from fedmask_flwr.models import backbone
-from fedmask_flwr.partition import partition
+from fedmask_flwr.config import load_config, patterns
+from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.train import device_of, evaluate, tensors, train
+from fedmask_flwr.train import device_of, evaluate, tensors
 
 from .client import MaskTurn
-from .records import AS_BUILT
+from .device import Device, build
 from .strategy import MaskStrategy
 
 
@@ -30,11 +30,21 @@ def serve(grid: Grid, context: Context) -> None:
     ConfigError, DataError, RunDirError, CheckpointError, TimeoutError
         Each with the fix in its message; Flower marks the run as failed.
     """
-    config, settings = load_config(context.run_config)
+    federate(grid, context.run_config, run_folder(context))
+
+
+def run_folder(context: Context) -> Path:
+    """Where a run, or a comparison of runs, writes: ``out`` of the run config."""
+    return Path(str(context.run_config.get("out") or f"runs/{context.run_id}")).absolute()
+
+
+def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
+    """Run one federation into ``folder``, as ``serve`` does; ``flat`` is its run config."""
+    config, settings = load_config(flat)
     test = data.load(config.data, "test", config.data_dir)
     device = device_of(config.device)
-    model = _backbone(config, test).build().to(device)
-    run_dir = RunDir(Path(config.out or f"runs/{context.run_id}").absolute(), context.run_config)
+    model = build(config, test).to(device)
+    run_dir = RunDir(folder, flat)
     try:
         strategy = MaskStrategy(
             config.method,
@@ -43,9 +53,12 @@ def serve(grid: Grid, context: Context) -> None:
             include=patterns(config.include),
             exclude=patterns(config.exclude),
             codec=config.codec,
+            optimizer=config.optimizer,
+            lr=config.lr,
             seed=config.seed,
             fraction_train=config.fraction_train,
             fraction_evaluate=config.fraction_evaluate,
+            evaluate_every=config.evaluate_every,
             min_nodes=config.min_nodes,
             clients=config.clients,
             node_timeout=config.node_timeout,
@@ -75,6 +88,8 @@ def evaluate_modes(
     A method with one network has the same accuracy in all modes.
     """
     modes = strategy.method.modes
+    if not modes:  # nothing on the server to evaluate
+        return {}
     measured = {}
     for mode in modes:
         draws = range(samples if mode == "sampled" else 1)
@@ -89,50 +104,19 @@ def evaluate_modes(
 
 def train_turn(msg: Message, context: Context) -> Message:
     """A client's "train": its own data, the standard loop, one frame back."""
-    config, own, model = _device(context, "train")
-    device = device_of(config.device)
-    turn = MaskTurn(msg, context, model.to(device))
-    optimizer = turn.optimizer(config.lr, config.optimizer)
-    x, y = tensors(own.x, own.y, device)
-    key = (config.seed, turn.turn.round, turn.turn.client)
-    batch_size = config.batch_size or min(max(len(y) // 8, 32), 128)
-    loss = train(model, optimizer, x, y, epochs=config.local_epochs, batch_size=batch_size, key=key)
-    return turn.reply(len(y), {"train_loss": loss})
+    device = Device(msg, context)
+    turn = MaskTurn(msg, context, device.model)
+    loss = device.train(turn.optimizer(), turn.turn, device.config.local_epochs)
+    return turn.reply(len(device.examples("train")), {"train_loss": loss})
 
 
 def evaluate_turn(msg: Message, context: Context) -> Message:
-    """A client's "evaluate": the thresholded network on its own test data."""
-    config, own, model = _device(context, "test")
-    device = device_of(config.device)
-    turn = MaskTurn(msg, context, model.to(device))
-    loss, accuracy = evaluate(turn.load("threshold"), *tensors(own.x, own.y, device))
-    return turn.report(len(own), {"loss": loss, "accuracy": accuracy})
-
-
-def _device(context: Context, split: data.Split) -> tuple[RunConfig, data.Dataset, nn.Module]:
-    config, _ = load_config(context.run_config)
-    torch.set_num_threads(config.threads)  # two were 5-8 times slower when both cores train
-    node = context.node_config
-    # A device that says where its data lies keeps it whole; others share the named set by partition.
-    own_dir = node.get("data-dir")
-    name = str(node.get("data", config.data))
-    whole = data.load(name, split, str(own_dir or config.data_dir))
-    if own_dir is None and "partition-id" in node:
-        whole = _share(whole, config, int(node["partition-id"]), int(node["num-partitions"]))
-    return config, whole, _backbone(config, whole).build()
-
-
-def _share(whole: data.Dataset, config: RunConfig, index: int, parts: int) -> data.Dataset:
-    rows = partition(
-        whole.y,
-        parts,
-        config.partition,
-        alpha=config.alpha,
-        classes_per_client=config.classes_per_client,
-        seed=config.seed,
-    )[index]
-    return data.Dataset(whole.x[rows], whole.y[rows], whole.num_classes)
-
-
-def _backbone(config: RunConfig, examples: data.Dataset) -> Backbone:
-    return backbone(config.model, config.weights_source, examples.in_shape, examples.num_classes)
+    """A client's "evaluate": its network on its own test data, fine-tuned first where the run says so."""
+    device = Device(msg, context)
+    turn = MaskTurn(msg, context, device.model)
+    model = turn.load("threshold")
+    epochs = device.config.adapt_epochs
+    if epochs := turn.method.adapt_epochs if epochs < 0 else epochs:
+        device.train(turn.adapt(), turn.turn, epochs, "adapt")
+    loss, accuracy = evaluate(model, *device.tensors("test"))
+    return turn.report(len(device.examples("test")), {"loss": loss, "accuracy": accuracy})

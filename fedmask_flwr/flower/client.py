@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 
 from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Training, Turn
+from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
+from fedmask_flwr.memory import DeviceMemory, default_folder
+from fedmask_flwr.methods import Turn
+from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.wire import pack
 
-from .records import ARRAYS, AS_BUILT, METRICS, Plan, frame_of, frame_record, read_frame
+from .records import ARRAYS, METRICS, frame_of, frame_record, read_broadcast, read_plan
 
 ERROR, RAISED = 40, 2  # logging.ERROR; Flower's code for "the ClientApp raised an exception"
 Handler = Callable[[Message, Context], Message]
@@ -38,43 +41,63 @@ class MaskTurn:
 
     def __init__(self, msg: Message, context: Context, model: nn.Module) -> None:
         self._msg, self._model = msg, model
-        self.plan, server_round = Plan.read(msg.content)
+        self.plan, server_round = read_plan(msg.content)
         if self.plan.weights != AS_BUILT:
             initialise(model, self.plan.weights)
-        spec = MaskSpec.of(model, self.plan.include, self.plan.exclude)
-        self.method = self.plan.build(spec, count_floats(model))
+        self.method = self.plan.build(model)
         self.turn = Turn(self.plan.seed, server_round, self.plan.rounds, client_number(context))
-        self._digest = model_digest(spec, model)
+        self._digest = model_digest(self.method.spec, model)
+        self._disk = DeviceMemory(memory_folder(context), self.plan.identity(self._digest), self.turn.client)
+        # What a round's evaluation may know, its training does not yet: a repeated round must repeat.
+        self._memory = self._disk.recall(server_round + (msg.metadata.message_type.partition(".")[0] == "evaluate"))
         frame = frame_of(msg.content.array_records.get(ARRAYS))
-        received = read_frame(frame, self.method, "down", digest=self._digest, round_=server_round)
-        self._got = received.payload
+        self._got = read_broadcast(frame, self.method, self._memory, digest=self._digest, round_=server_round)
         self._optimizer: Optimizer | None = None
 
-    def optimizer(self, lr: float | None = None, name: str = "adam") -> Optimizer:
-        """Write the round's start into the model and return its optimiser ("adam" or "sgd")."""
-        if name not in ("adam", "sgd"):
-            raise ValueError(f'optimizer is {name!r}; use "adam" or "sgd"')
-        training = Training("adam" if name == "adam" else "sgd", lr)
-        self._optimizer = self.method.begin(self._got, self._model, training, self.turn)
+    def optimizer(self, lr: float | None = None, name: str | None = None) -> Optimizer:
+        """Write the round's start into the model and return its optimiser.
+
+        ``lr`` and ``name`` ("adam" or "sgd") default to what the server says.
+        """
+        training = self.plan.training(lr, name)
+        self._optimizer = self.method.begin(self._got, self._model, training, self.turn, self._memory)
         return self._optimizer
 
     def load(self, mode: Mode = "threshold") -> nn.Module:
-        """Write the broadcast network into the model, for evaluation."""
-        mode = mode if mode in self.method.modes else self.method.modes[0]
+        """Write this device's network into the model, for evaluation: its own, where the method is personal."""
+        if self.method.modes and mode not in self.method.modes:
+            mode = self.method.modes[0]
         key = derive(self.turn.seed, "evaluate", self.turn.round, self.turn.client)
-        self.method.install(self._got, self._model, frozen_weights(self._model, self.method.spec), mode, key)
+        frozen = frozen_weights(self._model, self.method.spec)
+        self.method.install(self._got, self._model, frozen, mode, key, self._memory)
         return self._model
 
+    def adapt(self, lr: float | None = None, name: str | None = None) -> Optimizer:
+        """Return an optimiser to fine-tune the loaded network with, on this device's own data, before it evaluates.
+
+        Raises
+        ------
+        ValueError
+            When the method has no such step.
+        """
+        training = self.plan.training(lr, name)
+        optimizer = self.method.adapt(self._got, self._model, training, self.turn, self._memory)
+        if optimizer is None:
+            raise ValueError(f"method {self.plan.method} does not adapt before it evaluates: set adapt-epochs to 0")
+        return optimizer
+
     def reply(self, num_examples: int, metrics: Mapping[str, float] | None = None) -> Message:
-        """Return the trained mask as one frame."""
+        """Return what was learned as one frame, once the device's memory is on its disk."""
         if self._optimizer is None:
             raise RuntimeError("reply() before optimizer(): nothing was trained")
-        payload = self.method.finish(self._got, self._model, self._optimizer, self.turn)
+        payload = self.method.finish(self._got, self._model, self._optimizer, self.turn, self._memory)
+        if self._memory:
+            self._disk.keep(self.turn.round, self._memory)
         frame = pack(
             payload,
             digest=self._digest,
             round_=self.turn.round,
-            known=self.method.known(self._got, self.turn),
+            known=self.method.known(self._got, self.turn, self._memory),
             codecs=self.plan.codecs(self.method),
         )
         content = RecordDict({ARRAYS: frame_record(frame, self.method.numel)})
@@ -82,7 +105,8 @@ class MaskTurn:
 
     def report(self, num_examples: int, metrics: Mapping[str, float]) -> Message:
         """Return metrics alone, after an evaluation."""
-        return self._answer(RecordDict(), num_examples, metrics)
+        figures = {**self.method.report(self._got, self._memory), **metrics}
+        return self._answer(RecordDict(), num_examples, figures)
 
     def _answer(self, content: RecordDict, examples: int, metrics: Mapping[str, float] | None) -> Message:
         values = {name: float(value) for name, value in (metrics or {}).items()}
@@ -124,6 +148,7 @@ def client_number(context: Context) -> int:
     return context.node_id
 
 
-def count_floats(model: nn.Module) -> int:
-    """Number of floats in the state dict."""
-    return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())
+def memory_folder(context: Context) -> Path:
+    """Where this device keeps its memory: ``memory-dir`` of its node config or of the run config."""
+    told = context.node_config.get("memory-dir") or context.run_config.get("memory-dir")
+    return Path(str(told)).expanduser().absolute() if told else default_folder()

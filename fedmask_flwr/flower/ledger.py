@@ -11,9 +11,9 @@ from flwr.app import Message
 from flwr.common.logger import log
 
 from fedmask_flwr.methods import Method, Turn, Update
-from fedmask_flwr.wire import BitCodec, Payload, SideInfo, WireError
+from fedmask_flwr.wire import BitCodec, Payload, WireError
 
-from .records import ARRAYS, METRICS, flower_bytes, frame_of, read_frame
+from .records import ARRAYS, METRICS, flower_bytes, frame_of, read_reply
 
 WARNING = 30
 
@@ -28,8 +28,8 @@ class Ledger:
     evaluated: int = 0
     uplink: int = 0
     downlink: int = 0
+    evaluation: int = 0
     accepted: int = 0
-    told: int = 0
     flower_uplink: int = 0
     flower_downlink: int = 0
     metrics: list[tuple[float, dict[str, float]]] = field(default_factory=list)
@@ -37,12 +37,12 @@ class Ledger:
     def send(self, messages: Sequence[Message]) -> None:
         """Count a round's training messages."""
         self.sent = len(messages)
-        self.told = self._spend(messages)
+        self.downlink = self._spend(messages)
 
     def ask(self, messages: Sequence[Message]) -> None:
-        """Count its evaluation messages, which cost downlink too."""
+        """Count its evaluation messages; their frames stand apart, since training does not need them."""
         self.asked = len(messages)
-        self._spend(messages)
+        self.evaluation = self._spend(messages)
 
     def receive(self, reply: Message) -> None:
         """Count a reply's bytes, readable or not."""
@@ -53,7 +53,6 @@ class Ledger:
 
     def _spend(self, messages: Sequence[Message]) -> int:
         frames = [len(frame_of(message.content.array_records[ARRAYS])) for message in messages]
-        self.downlink += sum(frames)
         self.flower_downlink += sum(flower_bytes(m.content, n) for m, n in zip(messages, frames, strict=True))
         return sum(frames)
 
@@ -63,7 +62,8 @@ class Ledger:
             "uplink_bytes": self.uplink,
             "downlink_bytes": self.downlink,
             "uplink_bpp": 8.0 * self.accepted / max(self.ok, 1) / numel,
-            "downlink_bpp": 8.0 * self.told / max(self.sent, 1) / numel,
+            "downlink_bpp": 8.0 * self.downlink / max(self.sent, 1) / numel,
+            "evaluate_bytes": self.evaluation,
             "flower_uplink_bytes": self.flower_uplink,
             "flower_downlink_bytes": self.flower_downlink,
             "clients_ok": self.ok,
@@ -95,6 +95,7 @@ def read_updates(
     sent: Sequence[Message],
     *,
     method: Method[Any],
+    state: Any,
     told: Callable[[int], Payload],
     clients: Mapping[int, int],
     digest: bytes,
@@ -103,9 +104,10 @@ def read_updates(
 ) -> Iterator[Update]:
     """Decode replies one at a time, in the order of their client numbers, so that a run repeats exactly.
 
-    ``told(client)`` is what that client was broadcast, ``clients`` the numbers of the nodes that were asked for
-    theirs. ``turn`` carries the round's seed; its client is replaced by each reply's. An error reply, an
-    unreadable frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised.
+    ``state`` is the state that was broadcast, ``told(client)`` what that client was told of it, ``clients`` the
+    numbers of the nodes that were asked for theirs. ``turn`` carries the round's seed; its client is replaced by
+    each reply's. An error reply, an unreadable frame, a second answer and metrics of a wrong type are logged and
+    counted as failures, never raised.
     """
     by_client: dict[int, list[Message]] = {}
     for node, reply in answers(replies, sent):
@@ -122,22 +124,25 @@ def read_updates(
             if len(by_client[client]) > 1:  # whoever came first must not decide
                 raise WireError(f"{len(by_client[client])} nodes say they are it: give each its own client-id")
             mine = Turn(turn.seed, turn.round, turn.rounds, client)
-            yield _read(by_client[client][0], mine, method, method.known(told(client), mine), digest, ledger)
+            yield _read(by_client[client][0], mine, method, state, told(client), digest, ledger)
         except WireError as error:
             log(WARNING, "reply of client %d dropped: %s", client, error)
 
 
 def _read(
-    reply: Message, turn: Turn, method: Method[Any], known: SideInfo | None, digest: bytes, ledger: Ledger
+    reply: Message, turn: Turn, method: Method[Any], state: Any, told: Payload, digest: bytes, ledger: Ledger
 ) -> Update:
     frame = frame_of(reply.content.array_records.get(ARRAYS))
     examples = integer(reply, "num-examples")
-    received = read_frame(frame, method, "up", digest=digest, round_=turn.round, known=known)
+    shared = method.recall(state, turn.client)
+    received = read_reply(frame, method, told, turn, shared, digest=digest)
+    flips = (codec.flip_rate for codec in received.codecs.values() if isinstance(codec, BitCodec))
+    update = Update(turn.client, received.payload, float(examples), max(flips, default=0.0))
+    method.check(state, update)
     ledger.ok += 1
     ledger.accepted += len(frame)
     ledger.metrics.append((float(examples), finite(reply)))
-    flips = (codec.flip_rate for codec in received.codecs.values() if isinstance(codec, BitCodec))
-    return Update(turn.client, received.payload, float(examples), max(flips, default=0.0))
+    return update
 
 
 def integer(reply: Message, name: str) -> int:
@@ -171,3 +176,21 @@ def weighted_means(metrics: Sequence[tuple[float, dict[str, float]]]) -> dict[st
         if math.isfinite(mean):
             means[name] = mean
     return means
+
+
+def spread(metrics: Sequence[tuple[float, dict[str, float]]], name: str) -> dict[str, float]:
+    """How one metric lies over clients, each counted once: mean, standard deviation, worst decile and worst.
+
+    The worst decile is the mean of the ceil(n / 10) lowest.
+    """
+    values = sorted(values[name] for _, values in metrics if name in values)
+    if not values:
+        return {}
+    mean = sum(values) / len(values)
+    worst = values[: -(-len(values) // 10)]
+    return {
+        f"{name}_mean": mean,
+        f"{name}_std": (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5,
+        f"{name}_worst_decile": sum(worst) / len(worst),
+        f"{name}_worst": values[0],
+    }

@@ -3,69 +3,43 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedmask_flwr.masks import MaskSpec
-from fedmask_flwr.methods import Direction, Method, resolve
-from fedmask_flwr.wire import Received, SideInfo, WireError, unpack
+from fedmask_flwr.methods import Fields, Known, Memory, Method, Turn
+from fedmask_flwr.plan import Plan
+from fedmask_flwr.wire import Frame, Payload, Received, WireError, unpack
 
 STYPE = "fedmask.frame/1"  # no numpy reader understands it, so nothing decodes a frame by mistake
 FRAME, ARRAYS, CONFIG, METRICS = "frame", "arrays", "config", "metrics"
-AS_BUILT = "as-built"
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How every client of a run answers; sent with each message so that only the server is configured.
+def plan_record(plan: Plan, server_round: int, frame: bytes, numel: int) -> RecordDict:
+    """Put frame and plan into a message's content."""
+    config = ConfigRecord({"server-round": server_round, "plan": json.dumps(asdict(plan), sort_keys=True)})
+    return RecordDict({ARRAYS: frame_record(frame, numel), CONFIG: config})
 
-    ``weights`` names the frozen weights ("seed:7", a checkpoint and its hash, or "as-built": the model arrives
-    with them).
+
+def read_plan(content: RecordDict) -> tuple[Plan, int]:
+    """Return the plan and the round of a message.
+
+    Raises
+    ------
+    WireError
+        When the message was not written by a ``MaskStrategy``.
     """
-
-    method: str
-    settings: dict[str, Any]
-    weights: str
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    seed: int
-    rounds: int
-    codec: str
-
-    def record(self, server_round: int, frame: bytes, numel: int) -> RecordDict:
-        """Put frame and plan into a message's content."""
-        config = ConfigRecord({"server-round": server_round, "plan": json.dumps(asdict(self), sort_keys=True)})
-        return RecordDict({ARRAYS: frame_record(frame, numel), CONFIG: config})
-
-    @classmethod
-    def read(cls, content: RecordDict) -> tuple[Plan, int]:
-        """Return the plan and the round of a message.
-
-        Raises
-        ------
-        WireError
-            When the message was not written by a ``MaskStrategy``.
-        """
-        try:
-            config = content.config_records[CONFIG]
-            fields = json.loads(str(config["plan"]))
-            fields |= {name: tuple(fields[name]) for name in ("include", "exclude")}
-            return cls(**fields), int(str(config["server-round"]))
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
-            raise WireError(
-                f"message without a fedmask plan ({error}): does the ServerApp use MaskStrategy?"
-            ) from error
-
-    def build(self, spec: MaskSpec, floats: int, fraction: float = 1.0) -> Method[Any]:
-        """Make the method on this end."""
-        method = resolve(self.method)
-        return method(spec, floats, method.Config(**self.settings), fraction=fraction)
-
-    def codecs(self, method: Method[Any]) -> dict[str, str]:
-        """Codec names by kind, with the run's choice for mask bits."""
-        return {**method.codecs, "bits": self.codec}
+    try:
+        config = content.config_records[CONFIG]
+        fields = json.loads(str(config["plan"]))
+        fields |= {name: tuple(fields[name]) for name in ("include", "exclude")}
+        return Plan(**fields), int(str(config["server-round"]))
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise WireError(
+            f"message without a fedmask plan ({error}): does the ServerApp use MaskStrategy?"
+        ) from error
 
 
 def frame_record(frame: bytes, numel: int) -> ArrayRecord:
@@ -86,34 +60,55 @@ def frame_of(arrays: ArrayRecord | None) -> bytes:
     return arrays[FRAME].data
 
 
-def read_frame(
-    frame: bytes,
-    method: Method[Any],
-    direction: Direction,
-    *,
-    digest: bytes,
-    round_: int | None,
-    known: SideInfo | None = None,
-) -> Received:
-    """Decode a frame that must hold the fields of ``method`` in ``direction``.
+def read_broadcast(
+    frame: bytes, method: Method[Any], memory: Memory, *, digest: bytes, round_: int | None
+) -> Payload:
+    """Decode what a client was told; fields that its memory does not fit are left out (see ``Method.in_step``).
 
     Raises
     ------
     WireError
         When the frame is damaged, of another model or round, or holds other fields.
     """
-    fields = method.fields(direction)
-    received = unpack(
-        frame,
-        digest=digest,
-        round_=round_,
-        known=SideInfo(method.spec.sizes) if known is None else known,
-        expect={name: numel for name, (_, numel) in fields.items()},
-        require={name: kind for name, (kind, _) in fields.items()} if direction == "up" else None,
-    )
+    if method.personal and not method.in_step(meta := Frame.parse(frame).meta, memory):
+        return Payload(meta=meta)
+    allowed = method.down(memory)
+    return _read(frame, allowed, method.heard(memory), digest, round_).payload
+
+
+def read_reply(
+    frame: bytes, method: Method[Any], got: Payload, turn: Turn, shared: Memory, *, digest: bytes
+) -> Received:
+    """Decode a client's reply to ``got``; ``shared`` is what the server holds of its memory.
+
+    Raises
+    ------
+    WireError
+        When the frame is damaged, of another model or round, or is not one of the replies that the method allows.
+    """
+    forms = method.up(got, shared)
+    allowed = {name: field for form in forms for name, field in form.items()}
+    require = {name: kind for name, (kind, _) in allowed.items()} if len(forms) == 1 else {}
+    received = _read(frame, allowed, method.known(got, turn, shared), digest, turn.round, require)
+    if not any(set(received.codecs) == set(form) for form in forms):
+        wanted = " or ".join(", ".join(form) or "nothing" for form in forms)
+        raise WireError(f"the reply holds {', '.join(received.codecs) or 'nothing'}, expected {wanted}")
+    return received
+
+
+def _read(
+    frame: bytes,
+    allowed: Fields,
+    known: Known,
+    digest: bytes,
+    round_: int | None,
+    require: Mapping[str, str] | None = None,
+) -> Received:
+    expect = {name: numel for name, (_, numel) in allowed.items()}
+    received = unpack(frame, digest=digest, round_=round_, known=known, expect=expect, require=require)
     for name, codec in received.codecs.items():
-        if codec.kind != fields[name][0]:
-            raise WireError(f"field {name!r} came as {codec.kind}, expected {fields[name][0]}")
+        if codec.kind != allowed[name][0]:
+            raise WireError(f"field {name!r} came as {codec.kind}, expected {allowed[name][0]}")
     return received
 
 

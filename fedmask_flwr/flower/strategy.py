@@ -15,14 +15,14 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from fedmask_flwr.checkpoint import CheckpointError
-from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Turn, resolve
+from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
+from fedmask_flwr.methods import Known, Turn, resolve
+from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import Payload, SideInfo, WireError, pack
+from fedmask_flwr.wire import Frame, Payload, SideInfo, WireError, pack
 
-from .client import count_floats
-from .ledger import Ledger, answers, finite, integer, read_updates, weighted_means
-from .records import AS_BUILT, Plan, frame_of, frame_record, read_frame
+from .ledger import Ledger, answers, finite, integer, read_updates, spread, weighted_means
+from .records import frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
 INFO, ERROR = 20, 40
@@ -35,7 +35,7 @@ class MaskStrategy(Strategy):
     Parameters
     ----------
     method
-        "fedpm", "deltamask", "fedavg" or "package.module:Class".
+        A built-in method such as "deltamask", or "package.module:Class".
     model
         The network; clients build the same. Its weights are set from ``weights`` on both ends.
     weights
@@ -44,8 +44,12 @@ class MaskStrategy(Strategy):
         Patterns of parameter names to mask.
     codec
         Codec of the uplink bits; "auto" takes the smallest exact one.
+    optimizer, lr
+        What clients train with ("adam" or "sgd"); no ``lr`` means the method's own.
     fraction_train, fraction_evaluate
         Share of nodes that train, and that evaluate, in a round.
+    evaluate_every
+        Rounds between two evaluations on nodes; the last round is always one.
     min_nodes, node_timeout
         Nodes to wait for, and how many seconds.
     clients
@@ -70,9 +74,12 @@ class MaskStrategy(Strategy):
         include: tuple[str, ...] = ("*",),
         exclude: tuple[str, ...] = (),
         codec: str = "auto",
+        optimizer: str = "adam",
+        lr: float | None = None,
         seed: int = 7,
         fraction_train: float = 1.0,
         fraction_evaluate: float = 0.0,
+        evaluate_every: int = 1,
         min_nodes: int = 2,
         clients: int = 0,
         node_timeout: float = 600.0,
@@ -81,14 +88,18 @@ class MaskStrategy(Strategy):
     ) -> None:
         resolve(method).Config(**settings)
         source = f"seed:{seed}" if weights is None else weights
-        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec)
+        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr)
+        self.plan.training()
         if source != AS_BUILT:
             initialise(model, source)
-        self.spec = MaskSpec.of(model, include, exclude)
-        self.method = self.plan.build(self.spec, count_floats(model), fraction_train)
+        self.method = self.plan.build(model, fraction_train)
+        self.spec = self.method.spec
         self.digest = model_digest(self.spec, model)
         self.roster = Roster(min_nodes=min_nodes, expect=clients, node_timeout=node_timeout, seed=seed)
-        self.fraction_train, self.fraction_evaluate = fraction_train, fraction_evaluate
+        # A method without a network on the server would otherwise never be evaluated.
+        self.fraction_train = fraction_train
+        self.fraction_evaluate = fraction_evaluate or (0.0 if self.method.modes else 1.0)
+        self.evaluate_every = evaluate_every
         self.run_dir = run_dir
         self.state = self.method.init()
         self.ledger = Ledger()
@@ -114,12 +125,18 @@ class MaskStrategy(Strategy):
         ``model`` must be of the strategy's class; its weights are overwritten. Equal ``sample`` numbers draw
         equal networks.
         """
+        if not self.method.modes:
+            raise ValueError(
+                f"method {self.plan.method} has no network that the server could evaluate: let devices do it, with "
+                "fraction_evaluate above 0"
+            )
         mode = mode if mode in self.method.modes else self.method.modes[0]
-        received = read_frame(frame_of(arrays), self.method, "down", digest=self.digest, round_=None)
+        frame = frame_of(arrays)
+        got = read_broadcast(frame, self.method, {}, digest=self.digest, round_=None)
         if self.plan.weights != AS_BUILT:
             initialise(model, self.plan.weights)
-        key = derive(self.plan.seed, "evaluate", received.frame.round_, "server", sample)
-        self.method.install(received.payload, model, self._frozen.to(next(model.parameters()).device), mode, key)
+        key = derive(self.plan.seed, "evaluate", Frame.parse(frame).round_, "server", sample)
+        self.method.install(got, model, self._frozen.to(next(model.parameters()).device), mode, key)
         return model
 
     # Flower's strategy
@@ -146,6 +163,7 @@ class MaskStrategy(Strategy):
             list(replies),
             self._sent,
             method=self.method,
+            state=self.state,
             told=self._told(),
             clients=self.roster.told,
             digest=self.digest,
@@ -160,7 +178,8 @@ class MaskStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """The new state to a sample of nodes; none by default, since it doubles the downlink."""
-        if self.fraction_evaluate == 0.0:
+        due = server_round % self.evaluate_every == 0 or server_round == self.plan.rounds
+        if self.fraction_evaluate == 0.0 or not due:
             return []
         self._asked = self._messages(grid, "evaluate", self.fraction_evaluate, server_round, config)
         self.ledger.ask(self._asked)
@@ -176,7 +195,9 @@ class MaskStrategy(Strategy):
             except WireError as error:
                 log(ERROR, "evaluation of node %d dropped: %s", node, error)
         self.ledger.evaluated = len(metrics)
-        return MetricRecord(dict(weighted_means(metrics))) if metrics else None
+        if not metrics:
+            return None
+        return MetricRecord({**weighted_means(metrics), **spread(metrics, "accuracy")})
 
     def start(
         self,
@@ -234,12 +255,11 @@ class MaskStrategy(Strategy):
 
     # Inside
 
-    def _pack(self, payload: Payload, server_round: int, known: SideInfo | None = None) -> bytes:
-        known = known or SideInfo(self.spec.sizes)
+    def _pack(self, payload: Payload, server_round: int, known: Known) -> bytes:
         return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=self.method.codecs)
 
     def _arrays(self, server_round: int) -> ArrayRecord:
-        frame = self._pack(self.method.broadcast(self.state), server_round)
+        frame = self._pack(self.method.broadcast(self.state), server_round, self.method.heard({}))
         return frame_record(frame, self.method.numel)
 
     def _told(self) -> Callable[[int], Payload]:
@@ -264,8 +284,10 @@ class MaskStrategy(Strategy):
         told, frame, messages = self._told(), b"", []
         for node in nodes:
             if self.method.personal or not frame:
-                frame = self._pack(told(self.roster.told.get(node, node)), server_round)
-            content = self.plan.record(server_round, frame, self.method.numel)  # one each: Flower may edit it
+                client = self.roster.told.get(node, node)
+                shared = self.method.recall(self.state, client)
+                frame = self._pack(told(client), server_round, self.method.heard(shared))
+            content = plan_record(self.plan, server_round, frame, self.method.numel)  # one each: Flower may edit it
             content.config_records["config"].update(config)
             messages.append(Message(content, node, kind))
         return messages

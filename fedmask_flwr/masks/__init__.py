@@ -11,6 +11,13 @@ from .backbone import freeze as freeze
 from .backbone import initialise as initialise
 from .backbone import model_digest as model_digest
 from .backbone import weights_digest as weights_digest
+from .cost import count_macs as count_macs
+from .cost import count_parameters as count_parameters
+from .coupling import Coupling as Coupling
+from .coupling import Entry as Entry
+from .coupling import Segment as Segment
+from .coupling import couple as couple
+from .draw import Draw as Draw
 from .keyed import Key as Key
 from .keyed import bernoulli as bernoulli
 from .keyed import derive as derive
@@ -18,15 +25,24 @@ from .keyed import permutation as permutation
 from .keyed import thresholds as thresholds
 from .keyed import words as words
 from .keyed import words_torch as words_torch
-from .optim import MaskAdam as MaskAdam
 from .optim import MaskOptimizer as MaskOptimizer
-from .optim import MaskSGD as MaskSGD
 from .optim import Ste as Ste
+from .slim import filter_scores as filter_scores
+from .slim import gather as gather
+from .slim import mask_filters as mask_filters
+from .slim import scatter as scatter
+from .slim import slim_ as slim_
+from .slim import slim_numel as slim_numel
+from .solvers import MaskAdam as MaskAdam
+from .solvers import MaskSGD as MaskSGD
 from .spec import Granularity as Granularity
 from .spec import MaskSpec as MaskSpec
 
 __all__ = [
     "Backbone",
+    "Coupling",
+    "Draw",
+    "Entry",
     "Granularity",
     "Key",
     "MaskAdam",
@@ -34,15 +50,25 @@ __all__ = [
     "MaskSGD",
     "MaskSpec",
     "Mode",
+    "Segment",
     "Ste",
     "bernoulli",
+    "count_macs",
+    "count_parameters",
+    "couple",
     "derive",
+    "filter_scores",
     "freeze",
     "frozen_weights",
+    "gather",
     "initialise",
+    "mask_filters",
     "mask_values",
     "model_digest",
     "permutation",
+    "scatter",
+    "slim_",
+    "slim_numel",
     "thresholds",
     "weights_digest",
     "words",

@@ -1,8 +1,8 @@
 """Optimisers that train a mask: the model stays an ordinary network whose weights are w*m.
 
-The straight-through gradient needs nothing from autograd but G = dL/d(w*m), which every dense
-backward pass leaves in ``p.grad``: dL/ds = G*w*theta*(1-theta). So the forward and backward pass are
-plain PyTorch, and one elementwise step turns G into a score update and draws the next mask.
+The straight-through gradient needs nothing from autograd but G = dL/d(w*m), which every dense backward pass leaves
+in ``p.grad``: dL/ds = G*w*theta*(1-theta). So the forward and backward pass are plain PyTorch, and one elementwise
+step turns G into a score update and draws the next mask, or thresholds it: the formula is then a sigmoid surrogate.
 """
 
 from __future__ import annotations
@@ -10,14 +10,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from math import isfinite, log
-from typing import Any, Literal, final, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
 
 from .apply import frozen_weights
 from .backbone import freeze
-from .kernels import adam_, probabilities, sample_, score_gradient_, sgd_, slices
+from .draw import Draw, DrawRule, check_scores, logits, pruned_off
+from .kernels import score_gradient_, slices
 from .keyed import CHUNK, Key, derive
 from .spec import MaskSpec
 
@@ -51,6 +52,13 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         lambda >= 0 of a penalty lambda * mean(theta) added to the loss.
     frozen
         w (spec.weights,), for a model whose weights already carry a mask.
+    draw
+        ``"bernoulli"``: each mask is a sample of theta. ``"threshold"``: it is 1[theta >= tau], decided as
+        s >= logit(tau) in float32 (s >= 0 for tau = 1/2), so that equal scores give equal bits on every machine.
+    tau
+        Threshold on theta, between `clip` and 1 - `clip`; only ``draw="threshold"`` uses it.
+    support
+        (d,) bool; the other positions are pruned: bit and theta are 0, score and moments never move.
 
     Raises
     ------
@@ -70,6 +78,9 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         clip: float = 1e-4,
         sparsity: float = 0.0,
         frozen: Tensor | None = None,
+        draw: Draw = "bernoulli",
+        tau: float = 0.5,
+        support: Tensor | None = None,
         **defaults: Any,
     ) -> None:
         spec = MaskSpec.of(model) if spec is None else spec
@@ -79,7 +90,10 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             raise ValueError(f"clip must lie in [1e-7, 0.5), got {clip}")
         if not (isfinite(lr) and lr >= 0 and isfinite(sparsity) and sparsity >= 0):
             raise ValueError(f"lr and sparsity must be finite and not negative, got {lr} and {sparsity}")
+        if draw == "threshold" and not clip < tau < 1 - clip:
+            raise ValueError(f"tau must lie between clip and 1 - clip, or no bit can change; got {tau} and {clip}")
         params = spec.params(model)
+        rule = DrawRule(draw, tau, pruned_off(support, spec.numel, params[0].device))
         current = frozen_weights(model, spec)
         if frozen is not None:
             if frozen.shape != current.shape:
@@ -87,7 +101,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             current = current.copy_(frozen)
         freeze(model, spec)
         super().__init__([{"params": params, "lr": lr}], {"lr": lr, **defaults})
-        self._spec, self._frozen, self._params = spec, current, params
+        self._spec, self._frozen, self._rule = spec, current, rule
         self._key = derive(key) if isinstance(key, int) else key
         self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, log((1 - clip) / clip)
         self._updates = 0
@@ -96,17 +110,9 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self._moments = {name: torch.zeros(d, device=device) for name in self._moment_names()}
         # Gradient on the way in, mask values on the way out; G*w is dead once the scores are updated.
         self._work = torch.empty(d, device=device)
-        n = min(d, CHUNK) if device.type == "cpu" else d
-        self._scratch = torch.empty(n, device=device)
-        self._layers = list(
-            zip(
-                spec.names,
-                params,
-                spec.split_weights(current).values(),
-                spec.split(self._work).values(),
-                strict=True,
-            )
-        )
+        self._scratch = torch.empty(min(d, CHUNK) if device.type == "cpu" else d, device=device)
+        weights, work = spec.split_weights(current).values(), spec.split(self._work).values()
+        self._layers = list(zip(spec.names, params, weights, work, strict=True))
         self.set_theta(theta)
 
     @property
@@ -125,36 +131,53 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         return self._scores
 
     @property
+    def support(self) -> Tensor:
+        """Positions that are not pruned, (d,) bool; a copy."""
+        pruned = self._rule.pruned
+        return torch.ones_like(self._scores, dtype=torch.bool) if pruned is None else ~pruned
+
+    @property
     def updates(self) -> int:
         """Number of updates so far; also the number of the step whose mask is in the model."""
         return self._updates
 
     def theta(self) -> Tensor:
-        """Keep-probabilities sigmoid(s): (d,) float32."""
-        return probabilities(self._scores)
+        """Keep-probabilities sigmoid(s), 0 off the support: (d,) float32."""
+        return self._rule.theta(self._scores)
 
     @torch.no_grad()
     def mask(self) -> Tensor:
-        """Draw the mask that is in the model now again, from its key: (d,) bool."""
+        """Draw the mask that is in the model now again, from its scores and key: (d,) bool."""
         out = torch.empty_like(self._scores)
-        sample_(self._scores, self._step_key(), out)
+        self._rule.write_(self._scores, self._step_key(), out)
         return out.bool()
 
     @torch.no_grad()
     def set_theta(self, theta: float | Tensor) -> None:
-        """Set the probabilities (one number or (d,)) and write a mask drawn from them.
+        """Set the probabilities (one number or (d,)) and write their mask; moments stay.
 
         Raises
         ------
         ValueError
             The wrong number of probabilities, or one outside [0, 1].
         """
-        p = torch.as_tensor(theta, dtype=torch.float64, device=self._scores.device)
-        if p.shape not in ((), self._scores.shape):
-            raise ValueError(f"theta must be a number or {self._spec.numel} of them, got {tuple(p.shape)}")
-        if not bool(((p >= 0) & (p <= 1)).all()):
-            raise ValueError("theta must lie in [0, 1]")
-        self._scores.copy_(torch.logit(p).clamp_(-self._bound, self._bound).expand(self._scores.shape))
+        s = logits(theta, self._spec.numel, self._scores.device)
+        self._scores.copy_(s.clamp_(-self._bound, self._bound).expand(self._scores.shape))
+        self._write_mask()
+
+    @torch.no_grad()
+    def set_scores(self, scores: Tensor) -> None:
+        """Set s, (d,) float32, and write its mask; moments stay.
+
+        Scores that an optimiser with this `clip` had come back bit for bit, others are clamped to its range.
+
+        Raises
+        ------
+        ValueError
+            The wrong shape or type, or a NaN.
+        """
+        check_scores(scores, self._spec.numel)
+        self._scores.copy_(scores).clamp_(-self._bound, self._bound)
         self._write_mask()
 
     @torch.no_grad()
@@ -166,9 +189,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a second group: one mask is one vector with one step size."""
         if self.param_groups:
-            raise ValueError(
-                "a mask optimiser has one group; train other parameters with an optimiser of their own"
-            )
+            raise ValueError("a mask optimiser has one group; train other parameters with one of their own")
         super().add_param_group(param_group)
 
     @overload
@@ -197,6 +218,9 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             s, g = self._scores[part], self._work[part]
             scratch = self._scratch[: len(s)]
             score_gradient_(g, s, scratch, power=self._ste == "p", penalty=self._penalty)
+            if self._rule.pruned is not None:
+                # From zero gradients, both updates leave scores and zero moments as they are, to the bit.
+                g.masked_fill_(self._rule.pruned[part], 0.0)
             self._update(s, g, {k: m[part] for k, m in self._moments.items()}, scratch, group)
             s.clamp_(-self._bound, self._bound)
         self._write_mask()
@@ -226,7 +250,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         return derive(*self._key, "step", self._updates)
 
     def _write_mask(self) -> None:
-        sample_(self._scores, self._step_key(), self._work)
+        self._rule.write_(self._scores, self._step_key(), self._work)
         for _, p, w, m in self._layers:
             torch.mul(w, m, out=p)
 
@@ -235,6 +259,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups]
         return {
             "spec": self._spec.digest,
+            "rule": self._rule.state(),
             "key": tuple(self._key),
             "step": self._updates,
             "scores": self._scores.clone(),
@@ -249,12 +274,13 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         Raises
         ------
         ValueError
-            It belongs to another mask or to another kind of optimiser.
+            It belongs to another mask, `draw`, `tau` or support, or to another kind of optimiser.
         """
         if state_dict["spec"] != self._spec.digest:
             raise ValueError("the optimiser state belongs to another mask: build the same model and MaskSpec")
         if set(state_dict["moments"]) != set(self._moments):
             raise ValueError("the optimiser state belongs to another kind of optimiser or momentum setting")
+        self._rule.check_state(state_dict.get("rule", DrawRule().state()))
         self._key, self._updates = Key(*state_dict["key"]), int(state_dict["step"])
         self._scores.copy_(state_dict["scores"])
         for name, m in self._moments.items():
@@ -271,64 +297,3 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
     ) -> None:
         """Update one slice of scores in place from the gradient dL/ds in `g`."""
-
-
-@final
-class MaskAdam(MaskOptimizer):
-    """Adam on the scores; see `MaskOptimizer` for the other parameters.
-
-    Raises
-    ------
-    ValueError
-        `betas` outside [0, 1) or `eps` not positive.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        spec: MaskSpec | None = None,
-        *,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        **settings: Any,
-    ) -> None:
-        if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1 and eps > 0):
-            raise ValueError(f"betas must lie in [0, 1) and eps must be positive, got {betas} and {eps}")
-        super().__init__(model, spec, betas=betas, eps=eps, **settings)
-
-    def _moment_names(self) -> tuple[str, ...]:
-        return ("m", "v")
-
-    def _update(
-        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
-    ) -> None:
-        lr, betas, eps = float(group["lr"]), group["betas"], group["eps"]
-        adam_(s, g, moments["m"], moments["v"], scratch, lr=lr, betas=betas, eps=eps, step=self._updates)
-
-
-@final
-class MaskSGD(MaskOptimizer):
-    """SGD on the scores, with momentum if asked; see `MaskOptimizer` for the other parameters.
-
-    Raises
-    ------
-    ValueError
-        `momentum` outside [0, 1).
-    """
-
-    def __init__(
-        self, model: nn.Module, spec: MaskSpec | None = None, *, momentum: float = 0.0, **settings: Any
-    ) -> None:
-        if not 0 <= momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {momentum}")
-        self._momentum = momentum
-        super().__init__(model, spec, momentum=momentum, **settings)
-
-    def _moment_names(self) -> tuple[str, ...]:
-        return ("velocity",) if self._momentum else ()
-
-    def _update(
-        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
-    ) -> None:
-        del scratch
-        sgd_(s, g, moments.get("velocity"), lr=float(group["lr"]), momentum=group["momentum"])

@@ -34,6 +34,10 @@ class MaskSpec:
     granularity
         ``"weight"``: a bit per weight. ``"filter"``: a bit per output row (``shape[0]``), which is
         shared by all weights of that filter or neuron.
+    units
+        Filter granularity only: parameter i has the bits of unit ``units[i]``, so that parameters whose
+        filters must go together share them (see `couple`). Units are numbered from 0 without gaps, and
+        the bits of unit 0 come first. ``()``: every parameter has bits of its own.
 
     Raises
     ------
@@ -44,6 +48,7 @@ class MaskSpec:
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     granularity: Granularity = "weight"
+    units: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.granularity not in get_args(Granularity):
@@ -52,6 +57,21 @@ class MaskSpec:
             raise ValueError("a mask needs at least one name, each once, and one shape for each name")
         if any(len(shape) < 2 or prod(shape) < 1 for shape in self.shapes):
             raise ValueError(f"masked parameters have 2 or more dimensions and no empty one, got {self.shapes}")
+        if self.units:
+            self._check_units()
+
+    def _check_units(self) -> None:
+        if self.granularity != "filter":
+            raise ValueError("a mask with units has granularity 'filter': a bit per weight cannot be shared")
+        if len(self.units) != len(self.names) or set(self.units) != set(range(max(self.units) + 1)):
+            raise ValueError(
+                f"a mask needs one unit for each name, numbered from 0 without gaps, got {self.units} "
+                f"for {len(self.names)} names"
+            )
+        rows = dict(zip(self.units, self.shapes, strict=True))
+        for name, shape, unit in zip(self.names, self.shapes, self.units, strict=True):
+            if shape[0] != rows[unit][0]:
+                raise ValueError(f"parameters of mask unit {unit} differ in rows: {name!r} has shape {shape}")
 
     @classmethod
     def of(
@@ -78,27 +98,16 @@ class MaskSpec:
         candidates = [
             (name, tuple(p.shape)) for name, p in parameters if p.ndim >= 2 and p.numel() and p.is_floating_point()
         ]
-        listing = ", ".join(name for name, _ in candidates) or "none"
-        include, exclude = _patterns(include), _patterns(exclude)
-        for patterns, names in (
-            (include, [n for n, _ in candidates]),
-            (exclude, [n for n, _ in parameters]),
-        ):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in names):
-                    raise ValueError(f"pattern {pattern!r} matches no parameter; candidates: {listing}")
-        taken = [
-            (name, shape)
-            for name, shape in candidates
-            if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
-        ]
-        if not taken:
-            raise ValueError(f"include={include} exclude={exclude} leave nothing to mask; candidates: {listing}")
+        chosen = select([name for name, _ in candidates], [name for name, _ in parameters], include, exclude)
+        taken = [(name, shape) for name, shape in candidates if name in chosen]
         return cls(tuple(name for name, _ in taken), tuple(shape for _, shape in taken), granularity)
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """Bits per layer: the number of weights, or of filters."""
+        """Bits per layer, or per unit if there are units: the number of weights, or of filters."""
+        if self.units:
+            rows = dict(zip(self.units, self.shapes, strict=True))
+            return tuple(rows[unit][0] for unit in range(len(rows)))
         if self.granularity == "filter":
             return tuple(shape[0] for shape in self.shapes)
         return tuple(prod(shape) for shape in self.shapes)
@@ -115,17 +124,19 @@ class MaskSpec:
 
     @property
     def digest(self) -> bytes:
-        """8 bytes that differ when names, shapes or granularity differ (BLAKE2b)."""
+        """8 bytes that differ when names, shapes, granularity or units differ (BLAKE2b)."""
         parts: list[int | str] = ["mask-spec", self.granularity, len(self.names)]
         for name, shape in zip(self.names, self.shapes, strict=True):
             parts += [name, len(shape), *shape]
+        if self.units:
+            parts += ["units", *self.units]
         return blake2b(encode(*parts), digest_size=8).digest()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
         """View a vector of d values as one tensor per layer, without a copy.
 
         At weight granularity a view has the parameter's shape; at filter granularity it has shape
-        (out, 1, 1, ...), which broadcasts over the parameter.
+        (out, 1, 1, ...), which broadcasts over the parameter. Parameters of one unit get the same values.
 
         Raises
         ------
@@ -137,6 +148,10 @@ class MaskSpec:
         shapes = self.shapes
         if self.granularity == "filter":
             shapes = tuple((shape[0], *(1,) * (len(shape) - 1)) for shape in shapes)
+        if self.units:
+            parts = torch.split(flat, list(self.sizes))
+            rows = zip(self.names, self.units, shapes, strict=True)
+            return {name: parts[unit].view(shape) for name, unit, shape in rows}
         return self._views(flat, shapes)
 
     def split_weights(self, flat: Tensor) -> dict[str, Tensor]:
@@ -175,6 +190,32 @@ class MaskSpec:
                 )
             found.append(have[name])
         return found
+
+
+def select(
+    candidates: Sequence[str], everything: Sequence[str], include: Sequence[str], exclude: Sequence[str]
+) -> frozenset[str]:
+    """Names of `candidates` that some `include` and no `exclude` pattern matches.
+
+    Raises
+    ------
+    ValueError
+        Nothing is left, an `include` matches no candidate, or an `exclude` nothing of `everything`.
+    """
+    listing = ", ".join(candidates) or "none"
+    include, exclude = _patterns(include), _patterns(exclude)
+    for patterns, names in ((include, candidates), (exclude, everything)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"pattern {pattern!r} matches no parameter; candidates: {listing}")
+    taken = frozenset(
+        name
+        for name in candidates
+        if any(fnmatchcase(name, p) for p in include) and not any(fnmatchcase(name, p) for p in exclude)
+    )
+    if not taken:
+        raise ValueError(f"include={include} exclude={exclude} leave nothing to mask; candidates: {listing}")
+    return taken
 
 
 def _patterns(patterns: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from .base import Direction as Direction
+from .base import Fields as Fields
+from .base import Known as Known
+from .base import Memory as Memory
 from .base import Method as Method
 from .base import MethodConfig as MethodConfig
 from .base import Training as Training
@@ -17,12 +19,33 @@ from .base import Update as Update
 
 # Lazy: a missing optional dependency breaks only the method that needs it.
 BUILTIN = {
+    "bnn-fedavg": "fedmask_flwr.methods.bnn_fedavg:BnnFedAvg",
     "deltamask": "fedmask_flwr.methods.deltamask:DeltaMask",
     "fedavg": "fedmask_flwr.methods.fedavg:FedAvg",
+    "fedmask": "fedmask_flwr.methods.fedmask:FedMask",
     "fedpm": "fedmask_flwr.methods.fedpm:FedPM",
+    "finetune": "fedmask_flwr.methods.finetune:FineTune",
+    "lg-fedavg": "fedmask_flwr.methods.lg_fedavg:LgFedAvg",
+    "linear-probe": "fedmask_flwr.methods.linear_probe:LinearProbe",
+    "lth": "fedmask_flwr.methods.lth:LTH",
+    "mpfl": "fedmask_flwr.methods.mpfl:MPFL",
+    "per-fedavg": "fedmask_flwr.methods.per_fedavg:PerFedAvg",
+    "pruning-fl": "fedmask_flwr.methods.pruning_fl:PruningFL",
+    "standalone": "fedmask_flwr.methods.standalone:Standalone",
 }
 
-__all__ = ["BUILTIN", "Direction", "Method", "MethodConfig", "Training", "Turn", "Update", "resolve"]
+__all__ = [
+    "BUILTIN",
+    "Fields",
+    "Known",
+    "Memory",
+    "Method",
+    "MethodConfig",
+    "Training",
+    "Turn",
+    "Update",
+    "resolve",
+]
 
 
 def resolve(name: str) -> type[Method[Any]]:

@@ -5,26 +5,33 @@ A round, as a method sees it::
     state -> broadcast(state) -> Payload -> [wire] -> begin(got, model) -> optimiser -> the user's training loop
           -> finish(got, model, optimiser) -> Payload -> [wire] -> aggregate(state, stream of updates) -> state'
 
-What both ends know is what was broadcast: ``known(got, turn)`` is computed from the broadcast payload on the
-client and on the server, so the two agree by construction.
+What both ends know is what was broadcast, and what the client told the server of its memory before:
+``known(got, turn, shared)`` is computed from those on the client and on the server, so the two agree by
+construction.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.masks import Key, MaskSpec, Mode
-from fedmask_flwr.wire import Payload, SideInfo
+from fedmask_flwr.wire import Payload, Scalar, SideInfo
 
-Direction = Literal["up", "down"]
 Kind = Literal["bits", "counts", "dense"]
+Fields: TypeAlias = Mapping[str, tuple[Kind, int | range]]
+"""Kind and number of elements of each field, by name; a range where the frame itself says how many."""
+Known: TypeAlias = SideInfo | Mapping[str, SideInfo] | None
+"""What both ends know of all fields, or of each by name."""
+Memory: TypeAlias = dict[str, npt.NDArray[Any]]
+"""What a device keeps between rounds, on its own disk: arrays by name."""
 
 
 class MethodConfig(BaseModel):
@@ -83,8 +90,8 @@ class Method(ABC, Generic[S]):
     ----------
     spec
         Where each mask bit lives.
-    floats
-        Number of floats in the model's state dict; what a dense method sends.
+    model
+        The network, or one of the same shape: read for its layout, not kept.
     config
         An instance of ``Config``.
     fraction
@@ -95,16 +102,22 @@ class Method(ABC, Generic[S]):
     State: ClassVar[type[Any]]
     Config: ClassVar[type[MethodConfig]]
     personal: ClassVar[bool] = False  # True: every node is asked for its client number before it is told anything
-    modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")
+    modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")  # (): only devices can evaluate
     codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
+    adapt_epochs: ClassVar[int] = 0  # epochs a device trains on its own data before it evaluates
 
-    def __init__(self, spec: MaskSpec, floats: int, config: Any = None, *, fraction: float = 1.0) -> None:
+    def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
         self.spec = spec
-        self.floats = floats
-        self.config = self.Config() if config is None else config
+        self.floats = count_floats(model)
+        self.config: Any = self.Config() if config is None else config
         self.fraction = fraction
 
     # Both ends
+
+    @classmethod
+    def layout(cls, model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> MaskSpec:
+        """Say where the mask bits of ``model`` live: a bit a weight, unless the method says otherwise."""
+        return MaskSpec.of(model, include, exclude)
 
     @property
     @abstractmethod
@@ -112,19 +125,45 @@ class Method(ABC, Generic[S]):
         """Number of parameters that "bits per parameter" divides by."""
 
     @abstractmethod
-    def fields(self, direction: Direction) -> Mapping[str, tuple[Kind, int]]:
-        """Kind and length of every field that may travel in ``direction``; anything else is refused.
+    def down(self, shared: Memory) -> Fields:
+        """Fields that a broadcast may hold; it may lack some (before round 1 there is nothing to tell)."""
 
-        All of them must be in a reply; a broadcast may lack some (before round 1 there is nothing to tell).
+    @abstractmethod
+    def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
+        """Field sets that a reply may consist of: one of them, whole. A name means the same field in all."""
+
+    def heard(self, shared: Memory) -> Known:
+        """Return what both ends know before a broadcast is written: the layers, unless there is more."""
+        return SideInfo(self.spec.sizes)
+
+    @abstractmethod
+    def known(self, got: Payload, turn: Turn, shared: Memory) -> Known:
+        """Return what both ends know before the client's reply is written.
+
+        ``shared`` is the client's memory on the client and ``recall`` on the server: use only what both hold.
         """
 
-    @abstractmethod
-    def known(self, got: Payload, turn: Turn) -> SideInfo | None:
-        """Return what both ends know before the client's reply is written, from the broadcast payload."""
+    def in_step(self, meta: Mapping[str, Scalar], memory: Memory) -> bool:
+        """Say whether the device remembers what the server thinks it does.
+
+        Otherwise it cannot read the broadcast's fields: it is handed a payload of ``meta`` alone and begins anew.
+        """
+        return True
 
     @abstractmethod
-    def install(self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None) -> None:
-        """Write the broadcast network into ``model``, in one of ``modes`` ("sampled" draws with ``key``)."""
+    def install(
+        self,
+        got: Payload,
+        model: nn.Module,
+        frozen: Tensor,
+        mode: Mode,
+        key: Key | None = None,
+        memory: Memory | None = None,
+    ) -> None:
+        """Write the network of a device with that memory (None: the server) into ``model``.
+
+        In one of ``modes``; "sampled" draws with ``key``. ``frozen`` holds w of the spec, (spec.weights,).
+        """
 
     # Server
 
@@ -139,20 +178,54 @@ class Method(ABC, Generic[S]):
         None stands for the server itself, which evaluates what it is told.
         """
 
+    def recall(self, state: S, client: int) -> Memory:
+        """Return the part of a client's memory that the server holds too."""
+        return {}
+
+    def check(self, state: S, update: Update) -> None:
+        """Refuse a reply that is readable but not allowed; it is counted as a failure.
+
+        Raises
+        ------
+        WireError
+            With the reason.
+        """
+
     @abstractmethod
     def aggregate(self, state: S, updates: Iterable[Update]) -> S:
         """Fold a round's updates, one at a time; no update leaves the state as it was."""
 
     @abstractmethod
     def result(self, state: S) -> Payload:
-        """Return what is evaluated and exported: the thresholded mask, or dense weights."""
+        """Return what is exported: the thresholded mask, or dense weights."""
 
     # Client
 
     @abstractmethod
-    def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn) -> Optimizer:
-        """Write the round's start into ``model`` and return the optimiser for the user's loop."""
+    def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
+        """Write the round's start into ``model`` and return the optimiser for the user's loop.
+
+        ``memory`` is what the device kept of its last turn, empty at first.
+        """
 
     @abstractmethod
-    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn) -> Payload:
-        """Return the client's reply after training."""
+    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
+        """Return the client's reply after training; what is put into ``memory`` stays on the device."""
+
+    def adapt(
+        self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory
+    ) -> Optimizer | None:
+        """Return an optimiser to fine-tune the installed network with before this device evaluates it.
+
+        None: the method has no such step.
+        """
+        return None
+
+    def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:
+        """Figures of this device's network: "model_bits", the size it is stored in, and the like."""
+        return {"model_bits": 32.0 * self.floats}
+
+
+def count_floats(model: nn.Module) -> int:
+    """Number of floats in the state dict: what a dense method sends."""
+    return sum(t.numel() for t in model.state_dict().values() if t.is_floating_point())

@@ -30,7 +30,7 @@ from fedmask_flwr.masks import (
 )
 from fedmask_flwr.wire import Counts, Payload, WireError, pack_bits
 
-from .base import Direction, Kind, Method, MethodConfig, Training, Turn, Update
+from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update
 
 LEARNING_RATE = 0.1  # s must travel about +-4; at 0.01 nothing is learned (papers: FedPM's own code)
 
@@ -78,9 +78,13 @@ class BetaMethod(Method[BetaState], ABC):
         """d, the number of mask bits."""
         return self.spec.numel
 
-    def fields(self, direction: Direction) -> Mapping[str, tuple[Kind, int]]:
-        """One field either way: counts down, a mask up."""
-        return {"ones": ("counts", self.numel)} if direction == "down" else {"mask": ("bits", self.numel)}
+    def down(self, shared: Memory) -> Fields:
+        """Vote counts."""
+        return {"ones": ("counts", self.numel)}
+
+    def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
+        """A mask."""
+        return ({"mask": ("bits", self.numel)},)
 
     def theta(self, got: Payload) -> npt.NDArray[np.float64]:
         """theta_g, shape (d,), as both ends compute it from the broadcast integers."""
@@ -134,12 +138,20 @@ class BetaMethod(Method[BetaState], ABC):
         """The thresholded mask 1[theta >= 1/2]."""
         return Payload(bits={"mask": pack_bits(self.theta(self.broadcast(state)) >= 0.5)})
 
-    def install(self, got: Payload, model: nn.Module, frozen: Tensor, mode: Mode, key: Key | None = None) -> None:
+    def install(
+        self,
+        got: Payload,
+        model: nn.Module,
+        frozen: Tensor,
+        mode: Mode,
+        key: Key | None = None,
+        memory: Memory | None = None,
+    ) -> None:
         """Write w * m into ``model`` (m sampled, thresholded, or theta itself)."""
         values = torch.from_numpy(mask_values(self.theta(got), mode, key))
         write_mask(model, self.spec, frozen, values.to(frozen.device))
 
-    def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn) -> Optimizer:
+    def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Scores from theta_g, a fresh optimiser each round."""
         settings: dict[str, Any] = {
             "lr": LEARNING_RATE if training.lr is None else training.lr,
@@ -151,6 +163,10 @@ class BetaMethod(Method[BetaState], ABC):
         if training.optimizer == "sgd":
             return MaskSGD(model, self.spec, **settings)
         return MaskAdam(model, self.spec, eps=self.config.adam_eps, **settings)
+
+    def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:
+        """A bit a masked weight; the weights are a seed."""
+        return {"model_bits": float(self.numel), "kept": float((self.theta(got) >= 0.5).mean())}
 
 
 def trained_theta(optimizer: Optimizer) -> npt.NDArray[np.float64]:

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 
 from fedmask_flwr.wire import Payload, SideInfo, pack_bits
 
-from .base import Turn
+from .base import Memory, Turn
 from .beta import BetaConfig, BetaMethod, trained_theta
 
 
@@ -52,11 +52,11 @@ class DeltaMask(BetaMethod):
     name: ClassVar[str] = "deltamask"
     Config: ClassVar[type[BetaConfig]] = DeltaMaskConfig
 
-    def known(self, got: Payload, turn: Turn) -> SideInfo:
+    def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo:
         """The mask m_g that both ends draw from what was broadcast."""
         return SideInfo(self.spec.sizes, pack_bits(self.draw(self.theta(got), turn)))
 
-    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn) -> Payload:
+    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """m_g with the kept flips applied."""
         theta_g, theta_k = self.theta(got), trained_theta(optimizer)
         mask = self.draw(theta_g, turn)

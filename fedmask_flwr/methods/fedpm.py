@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from fedmask_flwr.wire import Payload, SideInfo, pack_bits
 
-from .base import Turn
+from .base import Memory, Turn
 from .beta import BetaMethod, trained_theta
 
 
@@ -33,10 +33,10 @@ class FedPM(BetaMethod):
 
     name: ClassVar[str] = "fedpm"
 
-    def known(self, got: Payload, turn: Turn) -> SideInfo:
+    def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo:
         """Nothing but the layer sizes: FedPM codes the mask itself."""
         return SideInfo(self.spec.sizes)
 
-    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn) -> Payload:
+    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """One fresh sample of theta_k, not the last training mask."""
         return Payload(bits={"mask": pack_bits(self.draw(trained_theta(optimizer), turn))})

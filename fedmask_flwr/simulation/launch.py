@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from fedmask_flwr import data, track
-from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns
-from fedmask_flwr.masks import MaskSpec
+from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns, scalar
+from fedmask_flwr.memory import forget
+from fedmask_flwr.methods import resolve
 from fedmask_flwr.models import backbone
+from fedmask_flwr.share import share
 from fedmask_flwr.show import RoundTable, summary
 from fedmask_flwr.simulation import stage
 from fedmask_flwr.simulation.runtime import LOG, SimulationError
@@ -25,6 +26,7 @@ from fedmask_flwr.simulation.sandbox import LeftoverError
 
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
+MEMORY = "memory"
 _FILES = (track.CONFIG, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, LOG)
 
 
@@ -69,92 +71,133 @@ def prepare(
         With the fix in its message.
     """
     out = out.absolute()
-    defaults = stage.defaults()
-    overrides = {**given, **_parse(pairs, defaults)}
+    with usage():
+        overrides = options(given, pairs, out, clients=clients)
+        if "compare" in overrides or "seeds" in overrides:
+            raise UsageError("several runs are a command of their own: use fedmask compare")
+        told = {**stage.defaults(), **overrides}
+        config, settings = load_config(told, given=overrides)
+        check_clients(config, clients)
+        check_model(config, settings)
+        after = _check_folder(out, told, overwrite=overwrite)
+    return Plan(out, overrides, config, after)
+
+
+@contextmanager
+def usage() -> Iterator[None]:
+    """Turn what is found wrong before anything starts into a `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ConfigError, data.DataError, track.RunDirError, FileNotFoundError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def options(
+    given: Mapping[str, stage.Scalar], pairs: Sequence[str], out: Path, *, clients: int
+) -> dict[str, stage.Scalar]:
+    """Merge options and ``key=value`` pairs into run-config keys, paths absolute; devices' memory lies in `out`.
+
+    Raises
+    ------
+    UsageError, ConfigError
+        For a pair that cannot be read, or a key that is an option.
+    """
+    overrides = {**given, **_parse(pairs, stage.defaults())}
     if "out" in overrides:
         raise UsageError("the folder is an option of its own: use --out")
-    if isinstance(where := overrides.get("data-dir"), str) and where:
-        overrides["data-dir"] = str(Path(where).absolute())
     if "clients" in overrides:
         raise UsageError("the number of clients is an option of its own: use --clients")
+    for key in ("data-dir", "memory-dir"):
+        if isinstance(where := overrides.get(key), str) and where:
+            overrides[key] = str(Path(where).expanduser().absolute())
     overrides["clients"] = clients
-    told = {**defaults, **overrides}
-    try:
-        config, _ = load_config(told, given=overrides)
-        _check_clients(config, clients)
-        _check_model(config)
-    except (ConfigError, data.DataError, FileNotFoundError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    return Plan(out, overrides, config, _check_folder(out, told, config.num_server_rounds, overwrite=overwrite))
+    overrides["memory-dir"] = overrides.get("memory-dir") or str(out / MEMORY)
+    return overrides
 
 
 def _parse(pairs: Sequence[str], defaults: Mapping[str, stage.Scalar]) -> dict[str, stage.Scalar]:
     got: dict[str, stage.Scalar] = {}
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key.strip():
+        key, equals, text = (part.strip() for part in pair.partition("="))
+        if not equals or not key:
             raise UsageError(f"-c {pair}: write KEY=VALUE")
-        key, text = key.strip(), text.strip()
-        got[key] = _value(key, text, defaults.get(key))
+        got[key] = scalar(f"-c {key}", text, defaults.get(key))
     return got
 
 
-def _value(key: str, text: str, default: stage.Scalar | None) -> stage.Scalar:
-    try:
-        value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
-        value = text  # a bare word
-    if isinstance(default, str) and not isinstance(value, str):
-        value = text
-    if isinstance(default, float) and type(value) is int:
-        value = float(value)
-    if not isinstance(value, str | int | float | bool):
-        raise UsageError(f"-c {key}={text}: a value is one string, number or true/false")
-    return value
+def check_clients(config: RunConfig, clients: int) -> None:
+    """Check that there are enough clients, and that each of them gets rows.
 
-
-def _check_clients(config: RunConfig, clients: int) -> None:
+    Raises
+    ------
+    UsageError, DataError
+        With the fix in its message.
+    """
     if config.min_nodes > clients:
         raise UsageError(
             f"{clients} clients are fewer than min-nodes = {config.min_nodes}; add -c min-nodes={clients}"
         )
-    if ":" not in config.data:  # your own functions run where the clients do
-        rows = len(data.load(config.data, "train", config.data_dir))
-        if clients > rows:
-            raise UsageError(f"{clients} clients cannot share {rows} training rows; use fewer --clients")
+    if ":" in config.data:  # your own functions run where the clients do
+        return
+    train = data.load(config.data, "train", config.data_dir)
+    if clients > len(train):
+        raise UsageError(f"{clients} clients cannot share {len(train)} training rows; use fewer --clients")
+    # Clients evaluate when told to, or where nobody else can.
+    both = config.fraction_evaluate > 0 or not resolve(config.method).modes
+    test = data.load(config.data, "test", config.data_dir) if both else None
+    scheme, alpha, classes = config.partition, config.alpha, config.classes_per_client
+    parts: tuple[data.Split, ...] = ("train", "test") if both else ("train",)
+    for split in parts:
+        for i in range(clients):
+            share(train, test, split, i, clients, scheme, alpha=alpha, classes_per_client=classes, seed=config.seed)
 
 
-def _check_model(config: RunConfig) -> None:
-    """Build the network once: a wrong model, pattern or checkpoint is found before anything is started."""
-    if ":" not in config.data:
-        rows = data.load(config.data, "train", config.data_dir)
-        model = backbone(config.model, config.weights_source, rows.in_shape, rows.num_classes).build()
-        MaskSpec.of(model, patterns(config.include), patterns(config.exclude))
+def check_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
+    """Build network and method once: a wrong model, pattern or checkpoint is found before anything is started.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, DataError
+        With the fix in its message.
+    """
+    if ":" in config.data:
+        return
+    rows = data.load(config.data, "train", config.data_dir)
+    model = backbone(config.model, config.weights_source, rows.in_shape, rows.num_classes).build()
+    method = resolve(config.method)
+    spec = method.layout(model, patterns(config.include), patterns(config.exclude))
+    method(spec, model, method.Config(**settings), fraction=config.fraction_train)
 
 
-def _check_folder(out: Path, told: Mapping[str, Any], rounds: int, *, overwrite: bool) -> int:
+def _check_folder(out: Path, told: Mapping[str, Any], *, overwrite: bool) -> int:
     """Give the last round of the run to resume, 0 where there is none."""
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file; give another --out")
-    if _held(out / track.LOCK):
-        raise UsageError(f"another run is writing {out}; wait for it, or give another --out")
+    check_free(out)
     if overwrite:
-        for name in _FILES:
-            (out / name).unlink(missing_ok=True)
+        clear(out)
         return 0
-    if not (out / track.CONFIG).exists() or not (out / track.CHECKPOINT).exists():
-        return 0
-    try:
-        track.same_run(out, json.loads((out / track.CONFIG).read_text("utf-8")), dict(told))
-    except (track.RunDirError, ValueError) as error:
-        raise UsageError(str(error)) from error
-    done = [row["round"] for row in read_metrics(out)]
-    last = max(done, default=0)
-    if last >= rounds and (out / track.MASK).exists():
+    last, complete = track.standing(out, told)
+    if complete:
         raise UsageError(
             f"{out} holds a finished run of {last} rounds; use --overwrite to replace it, or another --out"
         )
     return last
+
+
+def check_free(out: Path) -> None:
+    """Raise `UsageError` when `out` is no folder, or another process writes there."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; give another --out")
+    if _held(out / track.LOCK):
+        raise UsageError(f"another run is writing {out}; wait for it, or give another --out")
+
+
+def clear(out: Path) -> None:
+    """Delete a run's files and its devices' memory, and nothing else."""
+    for name in _FILES:
+        (out / name).unlink(missing_ok=True)
+    forget(out / MEMORY)
 
 
 def _held(lock: Path) -> bool:
@@ -183,28 +226,35 @@ def launch(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpus: f
     RunError
         The run failed; the message is Flower's reason and the end of its log.
     """
-
-    def say(text: str, style: str | None = None) -> None:
-        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
-
     c = plan.config
     what = f"{c.method} on {c.data}, {c.model}, weights {c.weights}"
-    say(f"{what}: {num_clients} clients, {c.num_server_rounds} rounds")
-    say(f"Flower {version('flwr')} simulation; folder {plan.out}", "dim")
+    say(console, f"{what}: {num_clients} clients, {c.num_server_rounds} rounds")
+    say(console, f"Flower {version('flwr')} simulation; folder {plan.out}", "dim")
     if plan.after:
-        say(f"resuming the unfinished run after round {plan.after}")
+        say(console, f"resuming the unfinished run after round {plan.after}")
     table = RoundTable(console, c.num_server_rounds)
+    with failures(), table:
+        simulate(
+            plan.overrides,
+            num_clients=num_clients,
+            out=plan.out,
+            on_round=table.add,
+            cpus_per_client=cpus,
+            gpus_per_client=gpus,
+        )
+    say(console, summary(read_metrics(plan.out)), "bold")
+    say(console, "files: " + ", ".join(name for name in _FILES if (plan.out / name).exists()), "dim")
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Turn what a simulation raises into a `RunError`."""
     try:
-        with table:
-            simulate(
-                plan.overrides,
-                num_clients=num_clients,
-                out=plan.out,
-                on_round=table.add,
-                cpus_per_client=cpus,
-                gpus_per_client=gpus,
-            )
+        yield
     except (SimulationError, LeftoverError, stage.StageError) as error:
         raise RunError(str(error)) from error
-    say(summary(read_metrics(plan.out)), "bold")
-    say("files: " + ", ".join(name for name in _FILES if (plan.out / name).exists()), "dim")
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """Print a line as it is: no markup, no wrapping."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ def run(
     num_clients: int,
     out: Path,
     on_round: Callable[[dict[str, Any]], None],
+    runs: Sequence[str] = (),
     cpus_per_client: int = 1,
     gpus_per_client: float = 0,
     log_path: Path | None = None,
@@ -61,6 +62,9 @@ def run(
         Folder the ServerApp writes to; made where missing.
     on_round : callable
         Called in this thread with each new line of ``out/metrics.jsonl``, as a dict.
+    runs : sequence of str
+        Folders below ``out`` that the app writes a run to, each; then their lines are passed on instead, with the
+        folder as "run".
     cpus_per_client, gpus_per_client : int, float
         What one client task reserves in Ray, so how many run at once.
     log_path : Path, optional
@@ -85,7 +89,7 @@ def run(
         f"num-supernodes={num_clients} client-resources-num-cpus={cpus_per_client} "
         f"client-resources-num-gpus={gpus_per_client}"
     )
-    feed = _Metrics(out / "metrics.jsonl")
+    feed = _Feed(out, runs)
     threads = str(cpus_per_client)
     with stop_signals(), sandbox(threads, _extra_path(config)) as place:
         try:
@@ -119,7 +123,7 @@ def _follow(
     superlink: subprocess.Popen[bytes],
     run_id: str,
     log: Path,
-    feed: _Metrics,
+    feed: _Feed,
     on_round: Callable[[dict[str, Any]], None],
 ) -> tuple[str, str]:
     """Pass rounds on until the run has ended; give its status and details."""
@@ -177,6 +181,18 @@ def _start_superlink(place: Sandbox) -> subprocess.Popen[bytes]:
     raise SimulationError("\n".join(["the SuperLink did not start", *_log_end(place.folder / "superlink.log")]))
 
 
+class _Feed:
+    """Follow one run, or several below its folder."""
+
+    def __init__(self, out: Path, runs: Sequence[str]) -> None:
+        self.parts = {run: _Metrics(out / run / "metrics.jsonl") for run in runs or ("",)}
+
+    def new(self) -> list[dict[str, Any]]:
+        """List the rounds written since the last call."""
+        rows = [(run, row) for run, part in self.parts.items() for row in part.new()]
+        return [{**row, "run": run} if run else row for run, row in rows]
+
+
 class _Metrics:
     """Follow a JSON-lines file that may be appended to, cut back or replaced between looks."""
 
@@ -216,11 +232,12 @@ class _Metrics:
 def _extra_path(config: Mapping[str, Scalar]) -> str:
     """Give the current folder where a ``module:function`` of the config lives in it, else nothing."""
     here = Path.cwd()
-    for v in config.values():
-        top = re.match(r"([A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*$", v) if isinstance(v, str) else None
-        if top and ((here / top[1]).is_dir() or (here / f"{top[1]}.py").is_file()):
-            return str(here)
-    return ""
+    texts = [v for v in config.values() if isinstance(v, str)]
+    # Alone, or one of the methods of a comparison.
+    tops = [
+        top for v in texts for top in re.findall(r"(?:^|,)\s*([A-Za-z_]\w*)[\w.]*:[A-Za-z_]\w*\s*(?=[(,]|$)", v)
+    ]
+    return str(here) if any((here / top).is_dir() or (here / f"{top}.py").is_file() for top in tops) else ""
 
 
 def _healthy(child: subprocess.Popen[bytes], port: int) -> bool:

@@ -36,7 +36,7 @@ def pack(
     *,
     digest: bytes,
     round_: int,
-    known: SideInfo | None,
+    known: SideInfo | Mapping[str, SideInfo] | None,
     codecs: Mapping[str, str] = DEFAULT_CODECS,
 ) -> bytes:
     """Code a payload into one frame.
@@ -50,7 +50,8 @@ def pack(
     round_
         Round number, 0..2**32-1.
     known
-        Layer sizes and reference mask; needed for bit fields, used for counts of the same length.
+        Layer sizes and reference mask, of all fields or of each by name; needed for bit fields, used for counts
+        of the same length.
     codecs
         Codec name by kind ("bits", "counts", "dense").
 
@@ -63,17 +64,24 @@ def pack(
     for kind, name in names.items():
         if kind not in DEFAULT_CODECS or name not in codec_names(kind):
             raise ValueError(f"codec {name!r} does not code {kind!r}; use one of {', '.join(codec_names(kind))}")
-    if payload.bits and known is None:
-        raise ValueError("bit fields need known=SideInfo(sizes of the layers)")
     fields = [
-        *(_pack_bits(name, value, known, names["bits"]) for name, value in payload.bits.items() if known),
-        *(_pack_counts(name, value, known, names["counts"]) for name, value in payload.counts.items()),
+        *(_pack_bits(name, value, _known_of(known, name), names["bits"]) for name, value in payload.bits.items()),
+        *(
+            _pack_counts(name, value, _known_of(known, name), names["counts"])
+            for name, value in payload.counts.items()
+        ),
         *(_pack_dense(name, value, names["dense"]) for name, value in payload.dense.items()),
     ]
     return Frame(digest, round_, tuple(fields), payload.meta).to_bytes()
 
 
-def _pack_bits(name: str, bits: Bits, known: SideInfo, codec_name: str) -> Field:
+def _known_of(known: SideInfo | Mapping[str, SideInfo] | None, name: str) -> SideInfo | None:
+    return known if known is None or isinstance(known, SideInfo) else known.get(name)
+
+
+def _pack_bits(name: str, bits: Bits, known: SideInfo | None, codec_name: str) -> Field:
+    if known is None:
+        raise ValueError(f"bit field {name!r} needs known=SideInfo(sizes of its layers)")
     coder: Codec
     coder, envelope = (choose(bits, known), NONE) if codec_name == AUTO else codec(codec_name)
     try:
@@ -118,8 +126,8 @@ def unpack(
     *,
     digest: bytes | None,
     round_: int | None,
-    known: SideInfo | None,
-    expect: Mapping[str, int],
+    known: SideInfo | Mapping[str, SideInfo] | None,
+    expect: Mapping[str, int | range],
     require: Mapping[str, str] | None = None,
 ) -> Received:
     """Check and decode a frame from an untrusted peer.
@@ -131,9 +139,9 @@ def unpack(
     digest, round_
         What the frame must carry; None accepts any.
     known
-        The sender's layer sizes and reference; None: one layer, no reference.
+        The sender's layer sizes and reference, of all fields or of each by name; None: one layer, no reference.
     expect
-        Allowed field names and their number of elements.
+        Allowed field names and their number of elements, or the range it must be in.
     require
         Fields that must be present, and their kind ("bits", "counts" or "dense").
 
@@ -149,11 +157,12 @@ def unpack(
     dense: dict[str, Dense] = {}
     for f in frame.fields:
         coder, envelope = codec_of_byte(f.codec)
-        layers = _layers(known, f.numel)
+        own = _known_of(known, f.name)
+        layers = _layers(own, f.numel)
         body = unwrap(f.body, envelope, coder.max_body(f.numel, len(layers.sizes)))
         if isinstance(coder, BitCodec):
-            if known is not None and known.numel != f.numel:
-                raise WireError(f"bit field {f.name!r} has {f.numel} bits, the layers known here {known.numel}")
+            if own is not None and own.numel != f.numel:
+                raise WireError(f"bit field {f.name!r} has {f.numel} bits, the layers known here {own.numel}")
             bits[f.name] = coder.decode(body, layers)
         elif isinstance(coder, CountCodec):
             counts[f.name] = coder.decode(body, layers)
@@ -166,7 +175,7 @@ def _check_heads(
     frame: Frame,
     digest: bytes | None,
     round_: int | None,
-    expect: Mapping[str, int],
+    expect: Mapping[str, int | range],
     require: Mapping[str, str],
 ) -> Mapping[str, Codec]:
     # all headers are checked before any body is decoded
@@ -181,8 +190,9 @@ def _check_heads(
     for f in frame.fields:
         if f.name not in expect:
             raise WireError(f"unexpected field {f.name!r}; expected only {', '.join(expect) or 'none'}")
-        if f.numel != expect[f.name]:
-            raise WireError(f"field {f.name!r} has {f.numel} elements, expected {expect[f.name]}")
+        allowed = expect[f.name]
+        if f.numel not in allowed if isinstance(allowed, range) else f.numel != allowed:
+            raise WireError(f"field {f.name!r} has {f.numel} elements, expected {_said(allowed)}")
         coders[f.name] = codec_of_byte(f.codec)[0]
     for name, kind in require.items():
         if name not in coders:
@@ -190,3 +200,7 @@ def _check_heads(
         if coders[name].kind != kind:
             raise WireError(f"field {name!r} came as {coders[name].kind}, expected {kind}")
     return coders
+
+
+def _said(allowed: int | range) -> str:
+    return f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else str(allowed)

@@ -11,7 +11,7 @@ import torch
 from cases import CASES
 
 from fedmask_flwr.checkpoint import load_state, save_state
-from fedmask_flwr.masks import MaskSpec, derive, frozen_weights, initialise
+from fedmask_flwr.masks import derive, frozen_weights, initialise
 from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, resolve
 from fedmask_flwr.wire import Counts, Payload, SideInfo, codec_names, pack, unpack
 
@@ -22,28 +22,36 @@ DIGEST = b"contract"
 def build(case):
     model = tiny.net()
     initialise(model, "seed:3")
-    floats = sum(t.numel() for t in model.state_dict().values())
     kind = resolve(case.method)
-    settings = {k: v for k, v in case.settings.items() if k != "codec"}
-    return kind(MaskSpec.of(model), floats, kind.Config(**settings)), model
+    return kind(kind.layout(model), model, kind.Config(**case.config())), model
 
 
-def random_update(method, client, seed):
+def random_update(case, method, client, seed, state=None):
+    """A reply that the method allows, of random content."""
+    state = method.init() if state is None else state
     rng = np.random.default_rng([client, seed])
+    payload = (case.reply or any_reply)(method, state, client, rng)
+    return Update(client, payload, float(rng.integers(1, 50)), float(client % 2) * 2.0**-8)
+
+
+def any_reply(method, state, client, rng):
     fields = {"bits": {}, "counts": {}, "dense": {}}
-    for name, (kind, numel) in method.fields("up").items():
+    form = method.up(method.broadcast(state, client), method.recall(state, client))[0]
+    for name, (kind, numel) in form.items():
         fields[kind][name] = {
             "bits": lambda n: np.packbits(rng.random(n) < rng.random(), bitorder="little"),
             "counts": lambda n: Counts(rng.integers(0, 8, n).astype(np.uint32), 7),
             "dense": lambda n: rng.normal(size=n).astype(np.float32),
         }[kind](numel)
-    return Update(client, Payload(**fields), float(rng.integers(1, 50)), float(client % 2) * 2.0**-8)
+    return Payload(**fields)
 
 
-def visible(method, state):
+def visible(case, method, state):
     """What the state says to a client: theta, or the weights."""
+    if case.visible is not None:
+        return case.visible(method, state)
     got = method.broadcast(state)
-    return method.theta(got) if hasattr(method, "theta") else got.dense["weights"]
+    return method.theta(got) if hasattr(method, "theta") else method.weights(got)
 
 
 def test_every_registered_method_has_a_row():
@@ -55,42 +63,43 @@ def test_aggregation_equals_the_pseudocode(case):
     method, _ = build(case)
     state, rounds = method.init(), []
     for number, clients in enumerate([3, 5, 0, 1, 4, 2]):
-        updates = [random_update(method, k, number) for k in range(clients)]
+        updates = [random_update(case, method, k, number, state) for k in range(clients)]
         rounds.append(updates)
         state = method.aggregate(state, iter(updates))
-        assert np.allclose(visible(method, state), case.oracle(method, rounds), rtol=1e-6, atol=1e-7)
+        assert np.allclose(visible(case, method, state), case.oracle(method, rounds), rtol=1e-6, atol=1e-7)
 
 
 @every_case
 def test_aggregation_does_not_depend_on_order(case):
     method, _ = build(case)
-    updates = [random_update(method, k, 0) for k in range(7)]
+    updates = [random_update(case, method, k, 0) for k in range(7)]
     forward = method.aggregate(method.init(), iter(updates))
     backward = method.aggregate(method.init(), (u for u in reversed(updates)))
     if case.exact:
         assert tiny.equal(forward, backward)
     else:
-        assert np.allclose(visible(method, forward), visible(method, backward), rtol=1e-6)
+        assert np.allclose(visible(case, method, forward), visible(case, method, backward), rtol=1e-6)
 
 
 @every_case
 def test_aggregation_streams(case):
     """One update is decoded and dropped before the next is asked for."""
     method, _ = build(case)
-    seen = []
+    seen, taken = [], []
 
     def stream():
         for k in range(6):
             assert sum(ref() is not None for ref in seen) <= 1  # the loop variable may hold the last one
-            update = random_update(method, k, 1)
+            update = random_update(case, method, k, 1)
             fields = update.payload
             seen.extend(weakref.ref(a) for a in [*fields.bits.values(), *fields.dense.values()])
             yield update
+            taken.append(k)
             del update, fields
 
     state = method.aggregate(method.init(), stream())
-    assert len(seen) == 6
-    assert np.isfinite(visible(method, state)).all()
+    assert taken == [0, 1, 2, 3, 4, 5]
+    assert np.isfinite(visible(case, method, state)).all()
 
 
 @every_case
@@ -98,14 +107,14 @@ def test_no_update_leaves_the_state(case):
     method, _ = build(case)
     fresh = method.init()
     assert tiny.equal(method.aggregate(fresh, iter(())), fresh)
-    state = method.aggregate(fresh, [random_update(method, 0, 0)])
+    state = method.aggregate(fresh, [random_update(case, method, 0, 0)])
     assert tiny.equal(method.aggregate(state, iter(())), state)
 
 
 @every_case
 def test_state_survives_the_disk(case, tmp_path):
     method, _ = build(case)
-    for state in (method.init(), method.aggregate(method.init(), [random_update(method, 0, 0)])):
+    for state in (method.init(), method.aggregate(method.init(), [random_update(case, method, 0, 0)])):
         save_state(tmp_path / "state", state, {"round": 3})
         back, meta = load_state(tmp_path / "state", method.State)
         assert tiny.equal(back, state)
@@ -115,13 +124,13 @@ def test_state_survives_the_disk(case, tmp_path):
 @every_case
 def test_payloads_round_trip_through_every_codec(case):
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(method, k, 0) for k in range(3)])
-    got, turn = method.broadcast(state), Turn(1, 2, 5, 0)
-    for direction, payload in (("down", got), ("up", random_update(method, 0, 0).payload)):
-        fields = method.fields(direction)
-        known = method.known(got, turn) if direction == "up" else SideInfo(method.spec.sizes)
-        kinds = {kind for kind, _ in fields.values()}
-        for kind in kinds:
+    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
+    got, shared, turn = method.broadcast(state, 0), method.recall(state, 0), Turn(1, 2, 5, 0)
+    reply = random_update(case, method, 0, 0, state).payload
+    ways = [(got, method.down(shared), method.heard(shared))]
+    ways += [(reply, form, method.known(got, turn, shared)) for form in method.up(got, shared)[:1]]
+    for payload, fields, known in ways:
+        for kind in {kind for kind, _ in fields.values()}:
             for name in codec_names(kind):
                 frame = pack(payload, digest=DIGEST, round_=2, known=known, codecs={kind: name})
                 expect = {k: n for k, (_, n) in fields.items()}
@@ -140,56 +149,75 @@ def same(sent, back, known, *, lossless):
         if lossless:
             assert np.array_equal(bits, back.bits[name])
         else:  # no flip is lost; some are added
-            reference = 0 if known.reference is None else known.reference
+            own = known if isinstance(known, SideInfo) else known[name]
+            reference = 0 if own.reference is None else own.reference
             flips, found = bits ^ reference, back.bits[name] ^ reference
             assert np.array_equal(found & flips, flips)
 
 
 @every_case
 def test_a_turn_is_deterministic_and_in_bounds(case):
-    """Same broadcast, same data, same reply, byte for byte; and its size keeps the card's promise."""
-    frames = []
+    """Same broadcast, same data, same replies, byte for byte; and their size keeps the card's promise.
+
+    A newcomer's first turn, then a second one with the memory of the first.
+    """
+    runs = []
     for _ in range(2):
-        method, model = build(case)
-        state = method.aggregate(method.init(), [random_update(method, k, 0) for k in range(4)])
-        got, turn = method.broadcast(state), Turn(1, 2, 5, 3)
-        optimizer = method.begin(got, model, Training(), turn)
-        x = torch.from_numpy(tiny.blobs("train", "")[0])
-        y = torch.from_numpy(tiny.blobs("train", "")[1])
-        for _ in range(3):
-            optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(x), y).backward()
-            optimizer.step()
-        payload = method.finish(got, model, optimizer, turn)
-        assert {*payload.bits, *payload.counts, *payload.dense} == set(method.fields("up"))
-        codecs = {**method.codecs, "bits": case.settings.get("codec", "auto")}
-        frames.append(pack(payload, digest=DIGEST, round_=2, known=method.known(got, turn), codecs=codecs))
-    assert frames[0] == frames[1]
-    assert 8 * len(frames[0]) <= case.bpp_up * method.numel + 8 * 120
+        method, _ = build(case)
+        state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
+        frames, memory = [], {}
+        for round_ in (2, 3):
+            payload, frame = take_turn(case, method, state, Turn(1, round_, 5, 3), memory)
+            frames.append(frame)
+            state = method.aggregate(state, [Update(3, payload, 1.0, 0.0)])
+        runs.append(frames)
+        assert all(8 * len(frame) <= case.bpp_up * method.numel + 8 * 120 for frame in frames)
+    assert runs[0] == runs[1]
+
+
+def take_turn(case, method, state, turn, memory):
+    """Three steps on the tiny task; the reply and its frame."""
+    _, model = build(case)
+    got = method.broadcast(state, turn.client)
+    optimizer = method.begin(got, model, Training(), turn, memory)
+    x, y = map(torch.from_numpy, tiny.blobs("train", ""))
+    for _ in range(3):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    payload = method.finish(got, model, optimizer, turn, memory)
+    forms = method.up(got, memory)
+    assert {*payload.bits, *payload.counts, *payload.dense} in [set(form) for form in forms]
+    codecs = {**method.codecs, "bits": case.settings.get("codec", "auto")}
+    known = method.known(got, turn, memory)
+    return payload, pack(payload, digest=DIGEST, round_=turn.round, known=known, codecs=codecs)
 
 
 @every_case
 def test_known_is_the_same_on_both_ends(case):
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(method, k, 0) for k in range(4)])
-    sent = method.broadcast(state)
-    frame = pack(sent, digest=DIGEST, round_=2, known=SideInfo(method.spec.sizes))
-    expect = {name: numel for name, (_, numel) in method.fields("down").items()}
-    got = unpack(frame, digest=DIGEST, round_=2, known=SideInfo(method.spec.sizes), expect=expect).payload
+    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
     for client in (0, 1):
-        here, there = (method.known(p, Turn(1, 2, 5, client)) for p in (sent, got))
-        if here is None:
-            assert there is None
-        else:
-            assert here.sizes == there.sizes
-            assert np.array_equal(here.reference, there.reference)
+        sent, shared = method.broadcast(state, client), method.recall(state, client)
+        frame = pack(sent, digest=DIGEST, round_=2, known=method.heard(shared))
+        expect = {name: numel for name, (_, numel) in method.down(shared).items()}
+        got = unpack(frame, digest=DIGEST, round_=2, known=method.heard(shared), expect=expect).payload
+        here, there = (by_name(method.known(p, Turn(1, 2, 5, client), shared)) for p in (sent, got))
+        assert here.keys() == there.keys()
+        for name, known in here.items():
+            assert known.sizes == there[name].sizes
+            assert np.array_equal(known.reference, there[name].reference)
+
+
+def by_name(known):
+    return {"": known} if isinstance(known, SideInfo) else known or {}
 
 
 @every_case
 def test_install_writes_the_network_in_every_mode(case):
     method, model = build(case)
     frozen = frozen_weights(model, method.spec)
-    state = method.aggregate(method.init(), [random_update(method, k, 0) for k in range(4)])
+    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
     for mode in method.modes:
         method.install(method.broadcast(state), model, frozen, mode, derive(1, "x"))
         assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -201,6 +229,6 @@ def test_install_writes_the_network_in_every_mode(case):
 @every_case
 def test_result_is_one_field(case):
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(method, k, 0) for k in range(4)])
+    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
     result = method.result(state)
     assert len(result.bits) + len(result.dense) == 1

@@ -1,0 +1,132 @@
+"""The data sets by name."""
+
+from __future__ import annotations
+
+import importlib
+import zipfile
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from .dataset import DataError, Dataset, Split, checked, keyed_rng
+from .files import cache_dir, download, need, read_mnist
+
+__all__ = ["NAMES", "load"]
+
+_DIGITS_TRAIN = 1400
+
+
+@lru_cache(maxsize=4)
+def load(name: str, split: Split, data_dir: str = "") -> Dataset:
+    """Load one split of a data set; every caller in this process shares the arrays, so do not write to them.
+
+    Parameters
+    ----------
+    name : str
+        One of `NAMES`, or ``"package.module:function"``, called as ``function(split=..., data_dir=...)`` to
+        return a `Dataset` or a pair ``(x, y)``; x is float, or uint8, which is scaled by 1/255.
+    split : "train" or "test"
+    data_dir : str
+        Folder that holds the files, or will after a download. Empty: the user's cache folder.
+
+    Raises
+    ------
+    DataError
+        The name is unknown, or the files are missing or malformed.
+    """
+    if split not in ("train", "test"):
+        raise DataError(f"split is {split!r}; use 'train' or 'test'")
+    if name in _LOADERS:
+        return _LOADERS[name](split, data_dir)
+    if ":" in name:
+        return _load_own(name, split, data_dir)
+    raise DataError(f"unknown data set {name!r}; use one of {', '.join(NAMES)}, or 'package.module:function'")
+
+
+def _load_own(name: str, split: Split, data_dir: str) -> Dataset:
+    module, _, attr = name.partition(":")
+    try:
+        make = getattr(importlib.import_module(module), attr)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(
+            f"cannot import {name!r} ({error}); is its folder on PYTHONPATH on every machine?"
+        ) from error
+    got = make(split=split, data_dir=data_dir)
+    if isinstance(got, Dataset):
+        return checked(got.x, got.y, got.num_classes, name, got.group)
+    if isinstance(got, tuple) and len(got) == 2:
+        return checked(got[0], got[1], None, name)
+    raise DataError(f"{name} returned {type(got).__name__}; return a fedmask_flwr.data.Dataset or a pair (x, y)")
+
+
+def _load_npz(split: Split, data_dir: str) -> Dataset:
+    if not data_dir:
+        raise DataError("data set 'npz' needs --data-dir: the folder that holds train.npz and test.npz")
+    path = Path(data_dir) / f"{split}.npz"
+    try:
+        # np.load leaves the file open when it refuses one.
+        with path.open("rb") as f, np.load(f, allow_pickle=False) as z:
+            arrays = {name: z[name] for name in ("x", "y", "num_classes", "group") if name in z.files}
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist; --data-dir must hold {split}.npz with arrays x and y") from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is not an .npz file of plain arrays: {error}") from error
+    missing = {"x", "y"} - set(arrays)
+    if missing:
+        raise DataError(f"{path}: no array named {' or '.join(sorted(missing))}")
+    # A device may hold no example of the last class, so the file may say how many there are.
+    classes = arrays.get("num_classes")
+    if classes is not None and (classes.shape != () or not np.issubdtype(classes.dtype, np.integer)):
+        raise DataError(f"{path}: num_classes must be one integer")
+    return checked(
+        arrays["x"], arrays["y"], None if classes is None else int(classes), str(path), arrays.get("group")
+    )
+
+
+def _load_digits(split: Split, _data_dir: str) -> Dataset:
+    datasets = need("sklearn.datasets", "digits")
+    x, y = datasets.load_digits(return_X_y=True)
+    order = keyed_rng("digits", "split").permutation(len(y))
+    rows = order[:_DIGITS_TRAIN] if split == "train" else order[_DIGITS_TRAIN:]
+    return checked((x[rows] / 16).reshape(-1, 1, 8, 8), y[rows], 10, "digits")
+
+
+def _mnist_like(klass: str, split: Split, data_dir: str) -> Dataset:
+    images, labels, folder = read_mnist(klass, split, data_dir)
+    # Black stays 0: an empty pixel then gives its weights no gradient, so their bits do not flip for nothing.
+    return checked(images[:, None], labels, 10, str(folder))
+
+
+def _load_cifar10(split: Split, data_dir: str) -> Dataset:
+    root = Path(data_dir) if data_dir else cache_dir()
+    if not (root / "cifar-10-batches-py").is_dir():
+        download("CIFAR10", split, root)
+    try:
+        raw = need("torchvision.datasets", "cifar10").CIFAR10(str(root), train=split == "train", download=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{root}/cifar-10-batches-py: {error}; delete it to download it again, or fix --data-dir"
+        ) from error
+    images = np.ascontiguousarray(raw.data.transpose(0, 3, 1, 2))
+    x = (images.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
+    return checked(x, np.asarray(raw.targets, np.int64), 10, str(root))
+
+
+def _mnist(split: Split, data_dir: str) -> Dataset:
+    return _mnist_like("MNIST", split, data_dir)
+
+
+def _fashion_mnist(split: Split, data_dir: str) -> Dataset:
+    return _mnist_like("FashionMNIST", split, data_dir)
+
+
+_LOADERS: dict[str, Callable[[Split, str], Dataset]] = {
+    "digits": _load_digits,
+    "mnist": _mnist,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _load_cifar10,
+    "npz": _load_npz,
+}
+NAMES = tuple(_LOADERS)

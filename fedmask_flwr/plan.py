@@ -1,0 +1,79 @@
+"""How a run computes: what every end needs to build the same method, apart from the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from typing import Any
+
+from torch import nn
+
+from .config import RunConfig, patterns
+from .methods import Method, Training, resolve
+
+AS_BUILT = "as-built"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How every client of a run answers; sent with each message so that only the server is configured.
+
+    ``weights`` names the frozen weights ("seed:7", a checkpoint and its hash, or "as-built": the model arrives
+    with them).
+    """
+
+    method: str
+    settings: dict[str, Any]
+    weights: str
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    seed: int
+    rounds: int
+    codec: str
+    optimizer: str = "adam"
+    lr: float | None = None
+
+    @classmethod
+    def of(cls, config: RunConfig, settings: dict[str, Any]) -> Plan:
+        """Plan of a run of the bundled app, from ``load_config``."""
+        return cls(
+            config.method,
+            settings,
+            AS_BUILT,
+            patterns(config.include),
+            patterns(config.exclude),
+            config.seed,
+            config.num_server_rounds,
+            config.codec,
+            config.optimizer,
+            config.lr,
+        )
+
+    def build(self, model: nn.Module, fraction: float = 1.0) -> Method[Any]:
+        """Make the method on this end, for a model that holds the frozen weights."""
+        method = resolve(self.method)
+        spec = method.layout(model, self.include, self.exclude)
+        return method(spec, model, method.Config(**self.settings), fraction=fraction)
+
+    def training(self, lr: float | None = None, name: str | None = None) -> Training:
+        """How a client trains, unless its own loop says otherwise.
+
+        Raises
+        ------
+        ValueError
+            For an unknown optimiser.
+        """
+        name = self.optimizer if name is None else name
+        if name not in ("adam", "sgd"):
+            raise ValueError(f'optimizer is {name!r}; use "adam" or "sgd"')
+        return Training("adam" if name == "adam" else "sgd", self.lr if lr is None else lr)
+
+    def identity(self, digest: bytes) -> str:
+        """16 hex digits of everything that a device's memory depends on, for the model of that digest."""
+        same = asdict(self) | {"rounds": 0, "codec": "", "model": digest.hex()}
+        return blake2b(json.dumps(same, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+    def codecs(self, method: Method[Any]) -> dict[str, str]:
+        """Codec names by kind, with the run's choice for mask bits."""
+        return {**method.codecs, "bits": self.codec}

@@ -1,0 +1,249 @@
+"""What breaks in a round is survived, counted, and said."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from cases import CASES
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from rounds import frame_of, run, without_clock
+
+from fedmask_flwr import show, track
+from fedmask_flwr.checkpoint import CheckpointError
+from fedmask_flwr.checkpoint import write_atomic as atomic
+from fedmask_flwr.config import ConfigError
+from fedmask_flwr.flower.records import STYPE
+from fedmask_flwr.track import RunDirError
+from fedmask_flwr.wire import Frame
+
+pytestmark = pytest.mark.flower
+
+
+BREAKS = {}
+ANY = ("deltamask", "fedavg", "fedmask")
+
+
+def breaks(function):
+    BREAKS[function.__name__] = function
+    return function
+
+
+def with_frame(reply, data, **metrics):
+    reply.content.array_records["arrays"]["frame"] = Array("uint8", (1,), STYPE, data)
+    reply.content.metric_records["metrics"].update(metrics)
+    return reply
+
+
+@breaks
+def missing(reply, _message):
+    return None
+
+
+@breaks
+def error_reply(_reply, message):
+    return Message(Error(2, "out of memory"), reply_to=message)
+
+
+@breaks
+def duplicated(reply, _message):
+    return [reply, reply]  # the second is dropped, the first counts
+
+
+@breaks
+def corrupt(reply, _message):
+    frame = bytearray(frame_of(reply))
+    frame[len(frame) // 2] ^= 0x10
+    return with_frame(reply, bytes(frame))
+
+
+@breaks
+def truncated(reply, _message):
+    return with_frame(reply, frame_of(reply)[:-1])
+
+
+@breaks
+def late(reply, _message):
+    frame = Frame.parse(frame_of(reply))
+    return with_frame(reply, Frame(frame.digest, frame.round_ - 1, frame.fields, frame.meta).to_bytes())
+
+
+@breaks
+def other_model(reply, _message):
+    frame = Frame.parse(frame_of(reply))
+    return with_frame(reply, Frame(b"another!", frame.round_, frame.fields, frame.meta).to_bytes())
+
+
+@breaks
+def empty_frame(reply, _message):
+    frame = Frame.parse(frame_of(reply))
+    return with_frame(reply, Frame(frame.digest, frame.round_, (), {}).to_bytes())
+
+
+@breaks
+def huge(reply, _message):
+    return with_frame(reply, bytes(1_000_000))
+
+
+@breaks
+def no_metrics(reply, _message):
+    del reply.content["metrics"]
+    return reply
+
+
+@breaks
+def numpy_array(reply, _message):
+    reply.content["arrays"] = ArrayRecord([np.zeros(3)])
+    return reply
+
+
+@breaks
+def no_examples(reply, _message):
+    reply.content.metric_records["metrics"]["num-examples"] = 0
+    return reply
+
+
+@breaks
+def uncountable_metrics(reply, _message):
+    reply.content["metrics"] = MetricRecord({"client": [1, 2], "num-examples": 5})
+    return reply
+
+
+@breaks
+def junk(_reply, message):
+    return Message(RecordDict({"junk": MetricRecord({"x": 1})}), reply_to=message)
+
+
+@pytest.mark.parametrize("name", BREAKS)
+@pytest.mark.parametrize("case", [CASES[name] for name in ANY], ids=ANY)
+def test_a_broken_client_is_survived_and_counted(name, case, tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type != "train" or context.node_config["partition-id"] != 1:
+            return reply
+        return BREAKS[name](reply, message) if message.content["config"]["server-round"] == 2 else reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method=case.method, num_server_rounds=3, **case.settings)
+    good = 3 if name == "duplicated" else 2
+    assert [line["clients_ok"] for line in lines] == [3, good, 3]
+    assert [line["clients_failed"] for line in lines] == [0, 3 - good, 0]
+    if name in {"huge", "no_metrics", "corrupt", "no_examples"}:  # what travelled is counted, readable or not
+        assert lines[1]["uplink_bytes"] > 1.3 * good * lines[1]["uplink_bpp"] / 8 * 352
+
+
+def test_a_round_without_any_answer_keeps_the_state(tmp_path):
+    def tamper(reply, message, context):
+        return None if message.content["config"]["server-round"] == 2 else reply
+
+    lines, grid = run(tmp_path / "run", 3, tamper, num_server_rounds=3)
+    assert [line["clients_ok"] for line in lines] == [3, 0, 3]
+    frames = [Frame.parse(frame_of(m)) for m in grid.messages[::3]]
+    assert bytes(frames[1].fields[0].body) == bytes(frames[2].fields[0].body)
+
+
+def test_too_few_nodes_is_an_error_that_names_the_fix(tmp_path):
+    with pytest.raises(TimeoutError, match=r"2 of 5 nodes.*min-nodes"):
+        run(tmp_path / "run", 2, min_nodes=5, node_timeout=0.01)
+
+
+def test_another_run_s_folder_is_refused(tmp_path):
+    run(tmp_path / "run", 2, num_server_rounds=1)
+    with pytest.raises(RunDirError, match="seed: 7 then, 8 now"):
+        run(tmp_path / "run", 2, num_server_rounds=1, seed=8)
+
+
+def test_a_damaged_checkpoint_is_an_error_that_names_the_fix(tmp_path):
+    run(tmp_path / "run", 2, stop_after=1)
+    (tmp_path / "run/checkpoint.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        run(tmp_path / "run", 2)
+
+
+def test_a_full_disk_costs_no_round(tmp_path, monkeypatch):
+    whole, _ = run(tmp_path / "whole")
+    real, failures = track.save_state, [OSError(28, "No space left on device")]
+
+    def save_state(*args):
+        if len(args[2]) and args[2]["round"] == 3 and failures:
+            raise failures.pop()
+        real(*args)
+
+    monkeypatch.setattr(track, "save_state", save_state)
+    lines, _ = run(tmp_path / "run")
+    assert not failures
+    assert [without_clock(a) for a in lines] == [without_clock(a) for a in whole]
+    assert (tmp_path / "run/mask.fedmask").read_bytes() == (tmp_path / "whole/mask.fedmask").read_bytes()
+
+
+def test_a_wrong_key_is_an_error_that_lists_the_right_ones(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown run-config key kapa\. Did you mean kappa"):
+        run(tmp_path / "run", 2, kapa=0.5)
+
+
+def test_two_nodes_with_one_number_are_both_dropped(tmp_path):
+    """Whoever answers first must not decide."""
+
+    def tamper(reply, message, context):
+        if context.node_config["partition-id"] == 2:
+            reply.content.metric_records["metrics"]["client"] = 0
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (1, 2)
+
+
+def test_hostile_evaluations_are_counted_and_left_out(tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "evaluate":
+            metrics = reply.content.metric_records["metrics"]
+            match context.node_config["partition-id"]:
+                case 0:
+                    metrics["loss"], metrics["num-examples"] = float("nan"), 5
+                case 1:
+                    metrics["num-examples"] = 2**62
+                case 2:
+                    return None
+        return reply
+
+    lines, _ = run(tmp_path / "run", 4, tamper, num_server_rounds=1, fraction_evaluate=1.0)
+    assert lines[0]["evaluations_failed"] == 2
+    assert np.isfinite(lines[0]["client_loss"])
+
+
+def test_no_matplotlib_costs_the_picture_only(tmp_path, monkeypatch):
+    def plot_curve(*_):
+        raise ImportError("matplotlib")
+
+    monkeypatch.setattr(show, "plot_curve", plot_curve)
+    run(tmp_path / "run", 2, num_server_rounds=1)
+    assert (tmp_path / "run/mask.fedmask").exists()
+    assert not (tmp_path / "run/curve.png").exists()
+
+
+def test_a_full_disk_at_the_end_is_made_good_by_the_same_command(tmp_path, monkeypatch):
+    def full(path, data):
+        if path.name == "mask.fedmask":
+            raise OSError(28, "No space left on device")
+        atomic(path, data)
+
+    monkeypatch.setattr(track, "write_atomic", full)
+    lines, _ = run(tmp_path / "run", 2, num_server_rounds=2)
+    assert len(lines) == 2
+    assert not (tmp_path / "run/mask.fedmask").exists()
+    monkeypatch.setattr(track, "write_atomic", atomic)
+    run(tmp_path / "run", 2, num_server_rounds=2)
+    assert (tmp_path / "run/mask.fedmask").exists()
+
+
+def test_a_run_that_never_finished_a_round_can_be_corrected(tmp_path):
+    with pytest.raises(ValueError, match="matches no parameter"):
+        run(tmp_path / "run", 2, include="layers.*")
+    run(tmp_path / "run", 2, num_server_rounds=1)
+
+
+def test_a_node_cannot_answer_as_another_client(tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 2:
+            reply.content.metric_records["metrics"]["client"] = 0
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method="personal:Personal", num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (2, 1)
