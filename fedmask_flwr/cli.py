@@ -1,4 +1,4 @@
-"""The command line: ``fedmask run``, ``compare``, ``report`` and ``inspect``."""
+"""The command line: ``fedmask run``, ``compare``, ``report``, ``export`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -212,6 +212,39 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison."
         comparing.show(folder, Console())
     except launch.RunError as error:
         _stop(str(error), FAILED)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder for the network's files.")],
+    slim: Annotated[
+        bool, typer.Option("--slim", help="Cut pruned filters and channels that are always 0: a smaller network.")
+    ] = False,
+    onnx: Annotated[bool, typer.Option("--onnx", help="Write model.onnx too (extra 'export').")] = False,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder of the run's data set, which says what shape an example has.")
+    ] = None,
+    client: Annotated[
+        int | None,
+        typer.Option(min=0, help="Number of the device whose own network is wanted, from the run's memory folder."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")
+    ] = False,
+) -> None:
+    """Write a run's network as plain files that need nothing of fedmask: safetensors, a PyTorch program, ONNX.
+
+    Exit code 0: written and checked. 1: nothing was written, the message says why.
+    """
+    from fedmask_flwr import export as exporting
+
+    try:
+        where = None if data_dir is None else str(data_dir.absolute())
+        done = exporting.export(run, out, slim=slim, onnx=onnx, data_dir=where, client=client, overwrite=overwrite)
+    except (exporting.ExportError, OSError) as error:
+        _stop(str(error), FAILED)
+    Console().print(exporting.show(done, out), soft_wrap=True)
 
 
 @app.command()

@@ -56,8 +56,8 @@ class DeviceMemory:
     def recall(self, before: int) -> dict[str, npt.NDArray[Any]]:
         """Arrays as they were after the last turn before round ``before``; empty when there was none.
 
-        A run that begins at round 1 begins anew. A server that went back further than the memory reaches is
-        answered from the oldest generation.
+        What was learned in ``before`` or later is of a run that was started before this one, or that the server
+        forgot: the device begins anew, or it would be measured with what it is yet to learn.
 
         Raises
         ------
@@ -65,12 +65,16 @@ class DeviceMemory:
             When a generation is damaged and no older one can stand in. Nothing is deleted.
         """
         rounds = self._rounds()
-        if before <= 1 or not rounds:
-            return {}
         past = [r for r in rounds if r < before]
         if not past:
-            log.warning("the server is at round %d, the memory of client %d begins later", before, self.client)
-            past = rounds[:1]
+            if rounds and before > 1:
+                log.warning(
+                    "client %d begins anew: the server is at round %d, its memory at %d",
+                    self.client,
+                    before,
+                    rounds[0],
+                )
+            return {}
         damaged = []
         for round_ in reversed(past):
             try:

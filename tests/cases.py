@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import oracles_fedmask as fedmask
 import oracles_baselines as baselines
+import oracles_compressed as compressed
+import oracles_fedmask as fedmask
 import oracles_methods as oracles
+import oracles_slimming as slimming
 
 
 @dataclass(frozen=True)
@@ -56,4 +58,36 @@ CASES = {
     "lg-fedavg": Case("lg-fedavg", baselines.mean_of_weights, {"shared_layers": 1}, exact=False, bpp_up=8.2),
     "linear-probe": Case("linear-probe", baselines.mean_of_weights, exact=False, bpp_up=8.2),
     "per-fedavg": Case("per-fedavg", baselines.mean_of_weights, exact=False, bpp_up=32.0),
+    "topk": Case("topk", compressed.topk, {"share": 0.1}, exact=False, bpp_up=3.8, reply=compressed.topk_reply),
+    "signsgd": Case("signsgd", compressed.signsgd, {"server_lr": 0.03}, reply=compressed.sign_reply),
+    "qsgd": Case("qsgd", compressed.qsgd, exact=False, bpp_up=3.9, reply=compressed.qsgd_reply),
+    "eden": Case("eden", compressed.eden, exact=False, bpp_up=1.5, reply=compressed.eden_reply),
+    "fedcode": Case(
+        "fedcode", compressed.fedcode, {"centres": 8}, exact=False, bpp_up=4.0, reply=compressed.fedcode_reply
+    ),
+    "mpfl": Case(
+        "mpfl",
+        slimming.mpfl,
+        {"search_rounds": 3, "keep_min": 4},
+        bpp_up=32.0,
+        reply=slimming.reply,
+        visible=slimming.visible,
+    ),
+    "mpfl-never": Case(
+        "mpfl",
+        slimming.mpfl,
+        {"search_rounds": 4, "keep_min": 4, "rewind": "never", "rule": "threshold", "consensus": 0.4},
+        bpp_up=32.0,
+        reply=slimming.reply,
+        visible=slimming.visible,
+    ),
+    "pruning-fl": Case(
+        "pruning-fl",
+        slimming.pruning_fl,
+        {"search_rounds": 3, "keep_min": 4},
+        exact=False,
+        bpp_up=32.0,
+        visible=slimming.visible,
+    ),
+    "lth": Case("lth", slimming.lth, {"cycle": 2, "cycles": 2, "prune_each": 0.3}, exact=False, bpp_up=32.0),
 }

@@ -85,12 +85,16 @@ def test_round_one_begins_anew_and_forgets_the_run_before(tmp_path):
     assert value_of(own.recall(2)) == 100
 
 
-def test_a_server_that_went_back_too_far_gets_the_oldest(tmp_path, caplog):
+def test_a_memory_of_later_rounds_is_not_used(tmp_path, caplog):
+    """It is of a run before this one, and this device was not sampled yet; or the server lost many rounds."""
     own = disk(tmp_path)
     for round_ in (4, 5, 6):
         own.keep(round_, holds(round_))
-    assert value_of(own.recall(3)) == 5
-    assert "client 1 begins later" in caplog.text
+    assert own.recall(3) == {}
+    assert own.recall(5) == {}
+    assert "client 1 begins anew: the server is at round 3, its memory at 5" in caplog.text
+    own.keep(3, holds(3))
+    assert files(tmp_path) == ["1.000003.safetensors"]
 
 
 def test_rounds_are_numbers_not_names(tmp_path):

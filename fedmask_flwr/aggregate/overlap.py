@@ -31,10 +31,8 @@ class OverlapMean:
         ones = self._ones.votes().astype(np.int64)
         means = np.rint(levels * ones / np.maximum(owners, 1)).astype(np.int64)
         half = levels // 2
-        cases = [
-            (ones == 0, 0),
-            (ones == owners, levels),
-            (2 * ones == owners, half),
-            (2 * ones < owners, means.clip(1, half - 1)),
-        ]
-        return np.select(*zip(*cases, strict=True), means.clip(half + 1, levels - 1)), owners >= 2
+        means = np.where(2 * ones < owners, means.clip(1, half - 1), means.clip(half + 1, levels - 1))
+        means[2 * ones == owners] = half
+        means[ones == owners] = levels
+        means[ones == 0] = 0
+        return means, owners >= 2

@@ -49,7 +49,7 @@ def threshold(
     votes: Votes, voters: int, keep: Flags, sizes: Sequence[int], keep_min: int, least: float = 0.5
 ) -> Flags:
     """Keep what at least the share ``least`` of the voters keeps; the sparsity floats, ``keep_min`` stay."""
-    return _floor(keep & (votes >= least * voters), votes, keep, sizes, keep_min)
+    return _floor(keep & (votes / voters >= least), votes, keep, sizes, keep_min)
 
 
 def released(
@@ -64,7 +64,7 @@ def released(
     for size, goal in zip(sizes, lost, strict=True):
         here = slice(start, start + size)
         for step in STEPS:
-            out[here] = keep[here] & (votes[here] >= step * voters)
+            out[here] = keep[here] & (votes[here] / voters >= step)
             if size - out[here].sum() >= goal:
                 break
         start += size

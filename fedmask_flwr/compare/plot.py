@@ -69,13 +69,24 @@ def plot(results: Sequence[Result], path: Path, title: str = "") -> None:
             number = labels.index(label)
             style = {"color": hues(number % hues.N), "linestyle": _DASHES[number // hues.N % len(_DASHES)]}
             mb = np.maximum(sent, 1.0) / 1e6
-            (lines[label],) = axes.plot(mb, mean, marker=".", markersize=3, linewidth=1.3, label=label, **style)
+            (lines[label],) = axes.plot(mb, mean, marker=".", markersize=3, linewidth=1.3, **style)
             axes.plot(mb[-1:], mean[-1:], marker="o", markersize=5, **style)
             axes.fill_between(mb, low, high, color=style["color"], alpha=0.15, linewidth=0)
         axes.set(xscale="log", xlabel="sent so far, up and down, all clients (MB)", ylabel=words)
         axes.grid(visible=True, alpha=0.3)
     if lines:
         order = [label for label in labels if label in lines]
-        figure.legend([lines[n] for n in order], order, loc="outside right upper", fontsize="small", frameon=False)
-    figure.suptitle(title, fontsize="medium")
+        figure.legend(
+            [lines[n] for n in order],
+            [_plain(n) for n in order],
+            loc="outside right upper",
+            fontsize="small",
+            frameon=False,
+        )
+    figure.suptitle(_plain(title), fontsize="medium")
     figure.savefig(path, dpi=150, format="png")
+
+
+def _plain(text: str) -> str:
+    """Keep matplotlib from reading a formula, or a name to leave out of the legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")

@@ -18,7 +18,7 @@ from fedmask_flwr.show import human_bytes
 from .plot import plot
 from .results import FIGURES, Result, figures, over_seeds, read, shared
 
-__all__ = ["PICTURE", "REPORT", "TABLE", "Summary", "summarise", "terminal_table", "write"]
+__all__ = ["PICTURE", "REPORT", "TABLE", "Summary", "summarise", "terminal_tables", "write"]
 
 REPORT, TABLE, PICTURE = "compare.json", "table.md", "compare.png"
 log = logging.getLogger(__name__)
@@ -171,13 +171,14 @@ def terminal_tables(summaries: Sequence[Summary]) -> list[Table]:
         columns = [column for column in shown if ("accuracy" not in column[0]) == costs]
         table = Table(box=None, pad_edge=False)
         table.add_column("method", overflow="fold")
-        for title in ("seeds", *(title for _, title, _ in columns), *(["failures"] if costs else [])):
+        titles = [title for _, title, _ in columns]
+        for title in [*titles, "failures"] if costs else ["seeds", *titles]:
             table.add_column(title, justify="right", no_wrap=True)
         for s in summaries:
             cells = [_short(s, name, form) for name, _, form in columns]
             style = "red" if s.missing or s.failures else None
-            ends = [str(s.failures)] if costs else []
-            table.add_row(Text(s.label), str(len(s.seeds)), *cells, *ends, style=style)
+            cells = [*cells, str(s.failures)] if costs else [str(len(s.seeds)), *cells]
+            table.add_row(Text(s.label), *cells, style=style)
         tables.append(table)
     return tables
 
@@ -186,5 +187,13 @@ def _short(summary: Summary, name: str, form: Callable[[float], str]) -> str:
     """Mean, and below it the range: without its leading zeros, and without a unit that the mean has too."""
     if name not in summary.figures:
         return "-"
-    (mean, _), *ends = (form(value).split(" ") + [""] for value in summary.figures[name])
-    return mean if ends else ""
+    values = summary.figures[name]
+    mean, low, high = map(form, values)
+    if low == high:
+        return mean
+    if form is _share:
+        low, high = (f"{value:.3f}".lstrip("0") for value in values[1:])
+    unit = f" {mean.partition(' ')[2]}".rstrip()
+    if unit and low.endswith(unit) and high.endswith(unit):
+        low, high = low.removesuffix(unit), high.removesuffix(unit)
+    return mean if low == high else f"{mean}\n{low}-{high}"

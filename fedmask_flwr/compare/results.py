@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fedmask_flwr import track
@@ -21,6 +22,7 @@ __all__ = [
     "enrol",
     "figures",
     "fits",
+    "folders",
     "mark",
     "over_seeds",
     "read",
@@ -46,7 +48,7 @@ FIGURES = (
     "evaluations_failed",
 )
 _TOTALS = frozenset({"uplink_bytes", "downlink_bytes", "evaluate_bytes", "clients_failed", "evaluations_failed"})
-_MEANS = frozenset({"uplink_bpp", "seconds"})
+_OVER_ROUNDS = _TOTALS | {"uplink_bpp", "seconds"}
 _OF_ONE = track.WHERE_NOT_WHAT | {"method", "seed"}
 
 
@@ -72,8 +74,9 @@ class Result:
 def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sum one run up; what no line says is left out.
 
-    Bytes and failures are totals over rounds and clients; bits a parameter and seconds are means over the rounds
-    (those where a client answered); accuracies and the bits of a device's network are the last round's.
+    Bytes and failures are totals over rounds and clients; bits a parameter are a mean over the rounds in which a
+    client answered, seconds a median (the first round of a simulation waits for its nodes); accuracies and the bits
+    of a device's network are the last round's.
     """
     found: dict[str, float] = {}
     for name in FIGURES:
@@ -81,9 +84,11 @@ def figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         values = [float(row[name]) for row in answered if row.get(name) is not None]
         if name in _TOTALS and values:
             found[name] = sum(values)
-        elif name in _MEANS and values:
+        elif name == "uplink_bpp" and values:
             found[name] = sum(values) / len(values)
-        elif rows and rows[-1].get(name) is not None and name not in _MEANS:
+        elif name == "seconds" and values:
+            found[name] = median(values)
+        elif name not in _OVER_ROUNDS and rows and rows[-1].get(name) is not None:
             found[name] = float(rows[-1][name])
     return found
 
@@ -143,6 +148,14 @@ def fits(out: Path, runs: Sequence[Run]) -> None:
     shared([other for other in before if other.folder not in ours], runs)
 
 
+def folders(out: Path) -> list[Path]:
+    """Give the folders of a comparison's runs, as well as they can be told when its index is damaged."""
+    try:
+        return [out / entry["folder"] for entry in _index(out)] if (out / INDEX).exists() else []
+    except CompareError:
+        return [path.parent for path in sorted(out.glob(f"*-s*/{track.CONFIG}"))]
+
+
 def enrol(out: Path, runs: Sequence[Run]) -> None:
     """Add runs to the index of a folder, and forget that any of them failed.
 
@@ -154,6 +167,7 @@ def enrol(out: Path, runs: Sequence[Run]) -> None:
     fits(out, runs)
     before = _index(out) if (out / INDEX).exists() else []
     entries = {entry["folder"]: entry for entry in before} | {run.folder: _entry(run) for run in runs}
+    out.mkdir(parents=True, exist_ok=True)
     _write(out, list(entries.values()))
 
 

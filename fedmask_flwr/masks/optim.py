@@ -63,7 +63,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
     Raises
     ------
     ValueError
-        A setting is out of range, or the model does not fit the spec.
+        A setting is out of range, the spec has units, or the model does not fit it.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         **defaults: Any,
     ) -> None:
         spec = MaskSpec.of(model) if spec is None else spec
+        if spec.units:
+            raise ValueError("filters that share a bit are voted on, not trained: give a spec without units")
         if ste not in get_args(Ste):
             raise ValueError(f"ste must be 'identity' or 'p', not {ste!r}")
         if not 1e-7 <= clip < 0.5:
@@ -102,9 +104,8 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         freeze(model, spec)
         super().__init__([{"params": params, "lr": lr}], {"lr": lr, **defaults})
         self._spec, self._frozen, self._rule = spec, current, rule
-        self._key = derive(key) if isinstance(key, int) else key
+        self._key, self._updates = derive(key) if isinstance(key, int) else key, 0
         self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, log((1 - clip) / clip)
-        self._updates = 0
         d, device = spec.numel, current.device
         self._scores = torch.empty(d, device=device)
         self._moments = {name: torch.zeros(d, device=device) for name in self._moment_names()}

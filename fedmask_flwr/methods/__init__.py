@@ -21,7 +21,9 @@ from .base import Update as Update
 BUILTIN = {
     "bnn-fedavg": "fedmask_flwr.methods.bnn_fedavg:BnnFedAvg",
     "deltamask": "fedmask_flwr.methods.deltamask:DeltaMask",
+    "eden": "fedmask_flwr.methods.eden:Eden",
     "fedavg": "fedmask_flwr.methods.fedavg:FedAvg",
+    "fedcode": "fedmask_flwr.methods.fedcode:FedCode",
     "fedmask": "fedmask_flwr.methods.fedmask:FedMask",
     "fedpm": "fedmask_flwr.methods.fedpm:FedPM",
     "finetune": "fedmask_flwr.methods.finetune:FineTune",
@@ -31,7 +33,10 @@ BUILTIN = {
     "mpfl": "fedmask_flwr.methods.mpfl:MPFL",
     "per-fedavg": "fedmask_flwr.methods.per_fedavg:PerFedAvg",
     "pruning-fl": "fedmask_flwr.methods.pruning_fl:PruningFL",
+    "qsgd": "fedmask_flwr.methods.qsgd:QSGD",
+    "signsgd": "fedmask_flwr.methods.signsgd:SignSGD",
     "standalone": "fedmask_flwr.methods.standalone:Standalone",
+    "topk": "fedmask_flwr.methods.topk:TopK",
 }
 
 __all__ = [

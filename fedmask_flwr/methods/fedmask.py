@@ -72,10 +72,10 @@ class FedMaskConfig(MethodConfig):
     prune_by: Literal["weight", "neuron"] = "weight"
     returns: Literal["mean", "bit"] = Field("mean", description="what the server sends a device of its positions")
     theta0: float = Field(0.5, gt=0.0, lt=1.0)
-    score_scale: float = Field(0.3, gt=0.0, description="spread of the first scores around the threshold")
+    score_scale: float = Field(1.0, gt=0.0, description="spread of the first scores around the threshold")
     adam_eps: float = Field(1e-5, gt=0.0)
     sparsity: float = Field(0.0, ge=0.0, description="lambda of the penalty lambda * mean(m_r)")
-    tune_lr: float = Field(1e-3, gt=0.0, description="Adam's step when the active weights are fine-tuned")
+    tune_lr: float = Field(3e-3, gt=0.0, description="Adam's step when the active weights are fine-tuned")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +96,7 @@ class FedMask(Method[FedMaskState]):
     Config = FedMaskConfig
     personal: ClassVar[bool] = True
     modes: ClassVar[tuple[Mode, ...]] = ()
+    adapt_epochs: ClassVar[int] = 2
 
     @property
     def numel(self) -> int:

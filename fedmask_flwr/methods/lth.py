@@ -66,7 +66,7 @@ class LTH(DenseClient[LTHState]):
         super().__init__(spec, model, config, fraction=fraction)
         at, start = {}, 0
         for name, tensor in float_entries(model):
-            at[name] = start
+            at[name.replace("_orig_mod.", "")] = start
             start += tensor.numel()
         spans = zip(spec.names, spec.sizes, strict=True)
         self.positions = np.concatenate([np.arange(at[name], at[name] + size) for name, size in spans])
@@ -179,10 +179,20 @@ class LTH(DenseClient[LTHState]):
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Train what is left."""
         self.write(model, self.weights(got))
+        return self.train_kept(got, model, training)
+
+    def train_kept(self, got: Payload, model: nn.Module, training: Training) -> Optimizer:
+        """Ordinary training in which pruned weights stay 0."""
         optimizer = self.train_from_here(model, training)
         kept = torch.from_numpy(self.keep(got)).to(next(model.parameters()).device)
         hold_zeros(model, self.spec, kept)
         return optimizer
+
+    def adapt(
+        self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory
+    ) -> Optimizer | None:
+        """Ordinary training of the installed ticket."""
+        return self.train_kept(got, model, training)
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """The floats that are left."""

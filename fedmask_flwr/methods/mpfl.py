@@ -15,7 +15,8 @@ Travels: in a search round one bit a filter each way, coded against the filters 
 Settings: prune-to 0.5, search-rounds 8, keep-min 8; Adam 1e-3. Give ``num-server-rounds`` more than search-rounds.
 
 Limits: the full network trains in the first search round. The last layer's outputs and layers that the trace does
-not understand keep their filters. Votes of a node beyond its budget are refused, not clipped.
+not understand keep their filters. Votes of a node beyond its budget are refused, not clipped; so are votes in a
+codec that is not exact.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.aggregate import VoteCounter, lowest, quota, released, threshold
-from fedmask_flwr.masks import MaskSpec, couple, filter_scores, gather, scatter
+from fedmask_flwr.masks import gather, scatter
 from fedmask_flwr.wire import Payload, SideInfo, WireError, pack_bits, unpack_bits
 
 from .base import Fields, Known, Memory, MethodConfig, Training, Turn, Update
-from .dense import Vector, float_entries, read_tensors
+from .dense import Vector
 from .fedavg import weighted_mean
 from .slimming import Flags, Slimming, SlimmingConfig
 
@@ -115,17 +116,17 @@ class MPFL(Slimming[MPFLState]):
         """A vote drops no more than its budget, and keeps nothing that is gone."""
         if "vote" not in update.payload.bits:
             return
-        vote = unpack_bits(update.payload.bits["vote"], self.spec.numel)
-        if (vote & ~unpack_bits(state.keep, self.spec.numel)).any():
+        if update.flip_rate:
+            raise WireError("the vote came in a codec that adds flips: use an exact one, such as codec=auto")
+        vote, keep = (unpack_bits(b, self.spec.numel) for b in (update.payload.bits["vote"], state.keep))
+        if (vote & ~keep).any():
             raise WireError("the vote keeps filters that are pruned already")
-        budget = self.lost(state.searched + 1)
-        parts = np.split(vote, np.cumsum(self.spec.sizes)[:-1])
-        already = np.split(unpack_bits(state.keep, self.spec.numel), np.cumsum(self.spec.sizes)[:-1])
-        for part, left, lost in zip(parts, already, budget, strict=True):
-            if part.size - int(part.sum()) > max(lost, left.size - int(left.sum())):
-                raise WireError(
-                    f"the vote drops {part.size - int(part.sum())} filters of {part.size}, allowed {lost}"
-                )
+        ends = np.cumsum(self.spec.sizes)[:-1]
+        budgets = self.lost(state.searched + 1)
+        for voted, left, budget in zip(np.split(vote, ends), np.split(keep, ends), budgets, strict=True):
+            drops, allowed = int((~voted).sum()), max(budget, int((~left).sum()))
+            if drops > allowed:
+                raise WireError(f"the vote drops {drops} filters of {voted.size}, allowed {allowed}")
 
     def aggregate(self, state: MPFLState, updates: Iterable[Update]) -> MPFLState:
         """Count the votes and prune; after the search, average the slim weights."""
@@ -164,27 +165,20 @@ class MPFL(Slimming[MPFLState]):
         """Train the slim network, in a search from the initial weights or the node's own."""
         if self.searching(got) and self.config.rewind == "never" and "weights" in memory:
             keep, then = self.keep(got), unpack_bits(memory["keep"], self.spec.numel)
-            full = scatter(memory["weights"], self.coupling, self.spec, then)
-            own = gather(full, self.coupling, self.spec, keep)
-            got = Payload(bits=got.bits, dense={"weights": own}, meta=got.meta)
+            if not (keep & ~then).any():  # else it is of another run, and some filters would be empty
+                full = scatter(memory["weights"], self.coupling, self.spec, then)
+                own = gather(full, self.coupling, self.spec, keep)
+                got = Payload(bits=got.bits, dense={"weights": own}, meta=got.meta)
         return super().begin(got, model, training, turn, memory)
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """The vote: keep all but the lowest filters; after the search, the weights."""
-        weights = read_tensors(t for _, t in float_entries(model))
+        weights = self.read(model)
         if not self.searching(got):
-            memory.clear()
             return Payload(dense={"weights": weights})
         keep = self.keep(got)
         if self.config.rewind == "never":
             memory.update(weights=weights, keep=pack_bits(keep))
-        scores = np.full(keep.size, np.inf)
-        scores[keep] = self.slim_scores(model)
+        scores = self.norms(scatter(weights, self.coupling, self.spec, keep))
         vote = lowest((scores,), keep, self.spec.sizes, self.lost(self.searched(got) + 1))
         return Payload(bits={"vote": pack_bits(vote)})
-
-    def slim_scores(self, model: nn.Module) -> npt.NDArray[np.float64]:
-        """L2 norms of the filters of a slim model, in the order of the kept ones."""
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        slim = MaskSpec(self.spec.names, tuple(shapes[n] for n in self.spec.names), "filter", self.spec.units)
-        return filter_scores(model, couple(model), slim)

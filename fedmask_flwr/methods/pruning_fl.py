@@ -26,7 +26,7 @@ from fedmask_flwr.masks import gather, scatter
 from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
 
 from .base import Fields, Known, Memory, Turn, Update
-from .dense import Vector, float_entries, read_tensors
+from .dense import Vector
 from .fedavg import weighted_mean
 from .slimming import Slimming
 
@@ -81,19 +81,6 @@ class PruningFL(Slimming[PruningState]):
         keep = lowest((self.norms(full),), keep, self.spec.sizes, self.lost(done))
         return PruningState(pack_bits(keep), gather(full, self.coupling, self.spec, keep), done)
 
-    def norms(self, full: Vector) -> npt.NDArray[np.float64]:
-        """L2 norm of each filter (d,) of a full network given as its floats."""
-        starts = np.cumsum([0, *self.spec.sizes])
-        square, layers = np.zeros(self.spec.numel), dict(zip(self.spec.names, self.spec.units, strict=True))
-        at = 0
-        for entry in sorted(self.coupling.entries, key=lambda e: e.name):
-            if entry.name in layers:
-                unit = layers[entry.name]
-                rows = full[at : at + entry.numel].reshape(entry.shape[0], -1).astype(np.float64)
-                square[starts[unit] : starts[unit + 1]] += (rows**2).sum(1)
-            at += entry.numel
-        return np.sqrt(square)
-
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """All floats of the slim network."""
-        return Payload(dense={"weights": read_tensors(t for _, t in float_entries(model))})
+        return Payload(dense={"weights": self.read(model)})

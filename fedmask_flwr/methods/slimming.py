@@ -24,7 +24,7 @@ from fedmask_flwr.masks import (
     slim_,
     slim_numel,
 )
-from fedmask_flwr.wire import Payload, SideInfo, WireError, unpack_bits
+from fedmask_flwr.wire import Payload, SideInfo, WireError, pack_bits, unpack_bits
 
 from .base import Fields, Memory, MethodConfig, Training, Turn
 from .dense import DenseClient, S, Vector
@@ -51,19 +51,36 @@ class Slimming(DenseClient[S], ABC):
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
         super().__init__(spec, model, config, fraction=fraction)
         self.coupling: Coupling = couple(model)
+        if not any(self.lost(self.config.search_rounds)):
+            raise ValueError(
+                f"nothing would be pruned: layers have {', '.join(map(str, spec.sizes))} filters, and keep-min "
+                f"{self.config.keep_min} always stay; lower keep-min or raise prune-to"
+            )
 
     @classmethod
     def layout(cls, model: nn.Module, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> MaskSpec:
-        """A bit a filter; coupled layers share theirs, the network's outputs have none."""
-        return couple(model).spec(include, exclude)
+        """A bit a filter; coupled layers share theirs, the network's outputs have none.
+
+        Raises
+        ------
+        ValueError
+            When no filter of the network can go, or the patterns leave none.
+        """
+        coupling = couple(model)
+        if not any(e.unit is not None and coupling.prunable[e.unit] for e in coupling.entries):
+            raise ValueError(
+                "no filter of this network can be pruned: each belongs to the outputs or enters an operation that "
+                "is not understood; use another method, such as lth"
+            )
+        return coupling.spec(include, exclude)
 
     def down(self, shared: Memory) -> Fields:
         """The filters that are left, and the weights of a network of that size."""
         return {"keep": ("bits", self.spec.numel), "weights": ("dense", range(1, self.floats + 1))}
 
     def heard(self, shared: Memory) -> SideInfo:
-        """The units of the mask."""
-        return SideInfo(self.spec.sizes)
+        """The units of the mask; most filters are left, so what is coded is which are gone."""
+        return SideInfo(self.spec.sizes, pack_bits(np.ones(self.spec.numel, np.bool_)))
 
     def keep(self, got: Payload) -> Flags:
         """The filters that are left, (d,): all of them before the first broadcast.
@@ -103,6 +120,17 @@ class Slimming(DenseClient[S], ABC):
     def slim_numel(self, keep: Flags) -> int:
         """Floats of the slim network."""
         return slim_numel(self.coupling, self.spec, keep)
+
+    def norms(self, full: Vector) -> npt.NDArray[np.float64]:
+        """L2 norm of each filter (d,) of a full network given as its floats (n,): as ``filter_scores``."""
+        unit_of = dict(zip(self.spec.names, self.spec.units, strict=True))
+        squares, at = [np.zeros(size) for size in self.spec.sizes], 0
+        for entry in sorted(self.coupling.entries, key=lambda e: e.name):
+            if entry.name in unit_of:
+                rows = full[at : at + entry.numel].reshape(entry.shape[0], -1).astype(np.float64)
+                squares[unit_of[entry.name]] += (rows**2).sum(1)
+            at += entry.numel
+        return np.sqrt(np.concatenate(squares))
 
     def lost(self, done: int) -> list[int]:
         """Channels that each unit has lost after ``done`` searches."""

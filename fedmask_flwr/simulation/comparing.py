@@ -129,11 +129,7 @@ def _check_folder(out: Path, runs: Sequence[Run], *, overwrite: bool) -> frozens
 
 def _clear(out: Path) -> None:
     """Delete a comparison's runs, its devices' memory and its own files, and nothing else."""
-    try:
-        folders = [out / found.folder for found in results.read(out, alike=False)]
-    except CompareError:
-        folders = []
-    for folder in folders:
+    for folder in results.folders(out):
         launch.clear(folder)
         (folder / track.LOCK).unlink(missing_ok=True)
         if folder.is_dir() and not any(folder.iterdir()):
@@ -190,7 +186,9 @@ def show(out: Path, console: Console) -> None:
         summaries = report.write(out)
     except (CompareError, OSError) as error:
         raise launch.RunError(str(error)) from error
-    console.print(report.terminal_table(summaries), markup=False, highlight=False)
+    for table in report.terminal_tables(summaries):
+        console.print(table, highlight=False)
+        console.print()
     for summary in summaries:
         for gap in summary.missing:
             launch.say(console, f"{summary.label}, {gap}", "red")

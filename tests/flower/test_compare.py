@@ -21,7 +21,7 @@ from fedmask_flwr.track import RunDirError
 from server_app.main import main
 
 pytestmark = pytest.mark.flower
-TEXT = "deltamask(kappa=1.0 learning-rate=0.1), standalone"
+TEXT = "deltamask(kappa=1.0 learning-rate=0.1), standalone(learning-rate=0.05)"
 
 
 class Killed(BaseException):
@@ -104,7 +104,10 @@ def test_the_table_and_the_picture(whole):
     assert alone["figures"]["uplink_bpp"]["mean"] < 0.5 * figures["uplink_bpp"]["mean"]
     assert (whole / "compare.png").stat().st_size > 10_000
     rows = [line for line in (whole / "table.md").read_text().splitlines() if line.startswith("| `")]
-    assert [row.split(" | ")[0] for row in rows] == ["| `deltamask(kappa=1.0 learning-rate=0.1)`", "| `standalone`"]
+    assert [row.split(" | ")[0] for row in rows] == [
+        "| `deltamask(kappa=1.0 learning-rate=0.1)`",
+        "| `standalone(learning-rate=0.05)`",
+    ]
     assert " | 2 | - | - | - | " in rows[1]
 
 

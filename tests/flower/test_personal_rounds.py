@@ -227,9 +227,13 @@ def test_fine_tuning_does_not_touch_the_memory(tmp_path):
     assert tuned[-1]["client_accuracy_mean"] != plain[-1]["client_accuracy_mean"]
 
 
-def test_a_new_run_in_old_memories_begins_anew(tmp_path):
-    """Another seed or setting names another memory; the same run from round 1 overwrites its own."""
-    kw = {"method": "fedmask", "memory_dir": str(tmp_path / "shared")}
+@pytest.mark.parametrize("name", ["mean", "part"])
+def test_a_new_run_in_old_memories_begins_anew(name, tmp_path):
+    """Another seed or setting names another memory; the same run from round 1 overwrites its own.
+
+    Devices that are not sampled in round 1 are evaluated all the same, and must not remember the run before.
+    """
+    kw = {**WAYS[name], "memory_dir": str(tmp_path / "shared")}
     first, _ = run(tmp_path / "a", **kw)
     run(tmp_path / "b", seed=8, **kw)
     run(tmp_path / "c", prune=0.3, **kw)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec
+from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec, couple
 
 from .optim_cases import CASES, assert_live_mask, build, curve, oracle_gradient, randn
 
@@ -116,6 +116,16 @@ def test_no_gradient_counts_as_zero():
 def test_settings_are_checked(settings_, message):
     with pytest.raises(ValueError, match=message):
         MaskAdam(build("stack")[0], **settings_)
+
+
+def test_coupled_filters_are_not_trained():
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    spec = couple(model, (4,)).spec()
+    before = [p.clone() for p in model.parameters()]
+    with pytest.raises(ValueError, match="voted on, not trained"):
+        MaskAdam(model, spec)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_frozen_weights_can_be_given():

@@ -16,6 +16,7 @@ from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, resolve
 from fedmask_flwr.wire import Counts, Payload, SideInfo, codec_names, pack, unpack
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+WITH_NETWORK = {name: case for name, case in CASES.items() if resolve(case.method).modes}
 DIGEST = b"contract"
 
 
@@ -213,7 +214,7 @@ def by_name(known):
     return {"": known} if isinstance(known, SideInfo) else known or {}
 
 
-@every_case
+@pytest.mark.parametrize("case", WITH_NETWORK.values(), ids=WITH_NETWORK)
 def test_install_writes_the_network_in_every_mode(case):
     method, model = build(case)
     frozen = frozen_weights(model, method.spec)
@@ -227,8 +228,26 @@ def test_install_writes_the_network_in_every_mode(case):
 
 
 @every_case
-def test_result_is_one_field(case):
+def test_install_writes_a_device_s_own_network(case):
+    """With the memory of its last turn, and without one."""
+    method, model = build(case)
+    frozen, memory = frozen_weights(model, method.spec), {}
+    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
+    payload, _ = take_turn(case, method, state, Turn(1, 2, 5, 3), memory)
+    state = method.aggregate(state, [Update(3, payload, 1.0, 0.0)])
+    told = [(method.broadcast(state, 3), memory)]
+    told += [(method.broadcast(state, 9), {})]  # one that the server never heard of
+    for got, own in told:
+        method.install(got, model, frozen, (*method.modes, "threshold")[0], derive(1, "x"), own)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+        assert method.report(got, own)["model_bits"] > 0
+
+
+@every_case
+def test_result_can_be_read_without_the_method(case):
+    """A mask, or weights, or weights and which of them they are: at most one field of a kind."""
     method, _ = build(case)
     state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
     result = method.result(state)
-    assert len(result.bits) + len(result.dense) == 1
+    assert sorted((len(result.bits), len(result.dense))) in ([0, 1], [1, 1])
+    assert not result.counts
