@@ -2,9 +2,9 @@
 
     python benchmarks/fedmask_memory.py
 
-VGG-16 (torchvision's, fully connected layers of ImageNet's size) with 10 and 64 outputs, pruned by FedMask's own rule
-with random importances: which weights go does not matter to the size, only how many. MB are 10^6 bytes. The paper
-does not say how much it prunes: 0.36 of the fully connected layers, over all devices, is what its figures amount to.
+VGG-16 (torchvision's, fully connected layers of ImageNet's size) with 10 and 64 outputs, pruned by FedMask's own
+rule with random importances: which weights go does not matter to the size, only how many. MB are 10^6 bytes. The
+paper does not say how much it prunes: 0.36 of the fully connected layers is what its figures amount to.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def row(name, outputs):
 
 def main():
     rows = []
-    print(f"{'':10} {'fp32':>8} {'paper':>8} | {'FedMask':>8} {'paper':>8} | {'1 bit':>7} {'paper':>7} | seed + mask")
+    print(
+        f"{'':10} {'fp32':>8} {'paper':>8} | {'FedMask':>8} {'paper':>8} | {'1 bit':>7} {'paper':>7} | seed + mask"
+    )
     for name, (outputs, dense, fedmask, binary) in PAPER.items():
         r = row(name, outputs)
         rows.append(r | {"paper_fp32_mb": dense, "paper_fedmask_mb": fedmask, "paper_bnn_mb": binary})

@@ -28,7 +28,7 @@ from .methods.slimming import Slimming
 from .models import backbone
 from .plan import Plan
 from .show import human_bytes
-from .track import CONFIG, MASK
+from .track import CONFIG, MASK, read_token
 from .wire import Frame, Payload, WireError, unpack, unpack_bits
 
 __all__ = ["ExportError", "Network", "export", "read_run", "show", "slimmed"]
@@ -114,7 +114,7 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
         try:
             shape, source = examples.in_shape, config.weights_source
             model = backbone(config.model, source, shape, examples.num_classes).build()
-            method = (plan := Plan.of(config, settings)).build(model, config.fraction_train)
+            method = (plan := Plan.of(config, settings, read_token(run))).build(model, config.fraction_train)
         except (ValueError, FileNotFoundError) as error:
             raise ExportError(f"the network of {run} cannot be built: {error}") from error
     digest = model_digest(method.spec, model)

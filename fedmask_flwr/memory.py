@@ -45,8 +45,8 @@ def forget(folder: Path) -> None:
 class DeviceMemory:
     """The memory of one client in one run: ``folder/run/client.round.safetensors``.
 
-    ``run`` names everything the memory depends on (method, settings, seed, model), so that another run never
-    reads it; ``client`` is the device's own stable number.
+    ``run`` names one run (``Plan.identity``), so that another never reads it; ``client`` is the device's own
+    stable number.
     """
 
     folder: Path
@@ -56,8 +56,8 @@ class DeviceMemory:
     def recall(self, before: int) -> dict[str, npt.NDArray[Any]]:
         """Arrays as they were after the last turn before round ``before``; empty when there was none.
 
-        What was learned in ``before`` or later is of a run that was started before this one, or that the server
-        forgot: the device begins anew, or it would be measured with what it is yet to learn.
+        A server that went back further than the generations reach, and not to the start, is answered from the
+        oldest: it has lost its rounds, the device has not.
 
         Raises
         ------
@@ -66,15 +66,11 @@ class DeviceMemory:
         """
         rounds = self._rounds()
         past = [r for r in rounds if r < before]
-        if not past:
-            if rounds and before > 1:
-                log.warning(
-                    "client %d begins anew: the server is at round %d, its memory at %d",
-                    self.client,
-                    before,
-                    rounds[0],
-                )
+        if before <= 1 or (not past and len(rounds) < GENERATIONS):  # its first turn is yet to come, again
             return {}
+        if not past:
+            log.warning("the server is back at round %d, client %d at %d", before, self.client, rounds[0])
+            past = rounds[:1]
         damaged = []
         for round_ in reversed(past):
             try:

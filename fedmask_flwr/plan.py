@@ -20,7 +20,7 @@ class Plan:
     """How every client of a run answers; sent with each message so that only the server is configured.
 
     ``weights`` names the frozen weights ("seed:7", a checkpoint and its hash, or "as-built": the model arrives
-    with them).
+    with them). ``run`` is drawn when a run first starts: a device's memory belongs to it.
     """
 
     method: str
@@ -33,10 +33,11 @@ class Plan:
     codec: str
     optimizer: str = "adam"
     lr: float | None = None
+    run: str = ""
 
     @classmethod
-    def of(cls, config: RunConfig, settings: dict[str, Any]) -> Plan:
-        """Plan of a run of the bundled app, from ``load_config``."""
+    def of(cls, config: RunConfig, settings: dict[str, Any], run: str = "") -> Plan:
+        """Plan of a run of the bundled app, from ``load_config`` and the folder's token."""
         return cls(
             config.method,
             settings,
@@ -48,6 +49,7 @@ class Plan:
             config.codec,
             config.optimizer,
             config.lr,
+            run,
         )
 
     def build(self, model: nn.Module, fraction: float = 1.0) -> Method[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import logging
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from .checkpoint import load_state, save_state, write_atomic
 S = TypeVar("S")
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
-MASK, CURVE, LOCK = "mask.fedmask", "curve.png", ".lock"
+MASK, CURVE, LOCK, TOKEN = "mask.fedmask", "curve.png", ".lock", ".run"
 log = logging.getLogger(__name__)
 WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", "node-timeout", "round-timeout"})
 
@@ -57,6 +58,13 @@ class RunDir:
                 self._lock.close()
                 raise
         write_atomic(written, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+
+    def token(self) -> str:
+        """16 hex digits drawn when the run first starts, the same whenever it is resumed."""
+        if not (found := read_token(self.path)):
+            found = secrets.token_hex(8)
+            write_atomic(self.path / TOKEN, found.encode())
+        return found
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -112,6 +120,12 @@ class RunDir:
             plot_curve(self.metrics(), self.path / CURVE)
         except ImportError:
             log.warning("no %s without matplotlib: pip install 'fedmask-flwr[sim]'", CURVE)
+
+
+def read_token(path: Path) -> str:
+    """What names the run in that folder, "" before its first start."""
+    file = path / TOKEN
+    return file.read_text("ascii", "replace").strip() if file.exists() else ""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

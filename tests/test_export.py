@@ -155,7 +155,7 @@ def test_the_plan_is_the_strategys():
     model = models.backbone("tiny:net", config.weights_source, (8,), 3).build()
     lr = {"optimizer": config.optimizer, "lr": config.lr}
     strategy = MaskStrategy("fedmask", model, weights=AS_BUILT, include=("1.*",), seed=7, **lr, **settings)
-    assert Plan.of(config, settings).identity(b"8" * 8) == strategy.plan.identity(b"8" * 8)
+    assert Plan.of(config, settings, strategy.plan.run).identity(b"8" * 8) == strategy.plan.identity(b"8" * 8)
     assert strategy.plan.identity(b"9" * 8) != strategy.plan.identity(b"8" * 8)
 
 

@@ -85,14 +85,19 @@ def test_round_one_begins_anew_and_forgets_the_run_before(tmp_path):
     assert value_of(own.recall(2)) == 100
 
 
-def test_a_memory_of_later_rounds_is_not_used(tmp_path, caplog):
-    """It is of a run before this one, and this device was not sampled yet; or the server lost many rounds."""
+def test_a_device_whose_first_turn_is_repeated_begins_anew(tmp_path):
+    own = disk(tmp_path)
+    own.keep(4, holds(4))
+    assert own.recall(3) == {}
+    assert own.recall(4) == {}
+
+
+def test_a_server_that_went_far_back_is_answered_from_the_oldest(tmp_path, caplog):
     own = disk(tmp_path)
     for round_ in (4, 5, 6):
         own.keep(round_, holds(round_))
-    assert own.recall(3) == {}
-    assert own.recall(5) == {}
-    assert "client 1 begins anew: the server is at round 3, its memory at 5" in caplog.text
+    assert value_of(own.recall(3)) == 5
+    assert "the server is back at round 3, client 1 at 5" in caplog.text
     own.keep(3, holds(3))
     assert files(tmp_path) == ["1.000003.safetensors"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -88,7 +89,8 @@ class MaskStrategy(Strategy):
     ) -> None:
         resolve(method).Config(**settings)
         source = f"seed:{seed}" if weights is None else weights
-        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr)
+        run = secrets.token_hex(8) if run_dir is None else run_dir.token()
+        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run)
         self.plan.training()
         if source != AS_BUILT:
             initialise(model, source)

@@ -27,7 +27,7 @@ from fedmask_flwr.simulation.sandbox import LeftoverError
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
 MEMORY = "memory"
-_FILES = (track.CONFIG, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, LOG)
+_FILES = (track.CONFIG, track.TOKEN, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, LOG)
 
 
 class UsageError(ValueError):
@@ -243,7 +243,7 @@ def launch(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpus: f
             gpus_per_client=gpus,
         )
     say(console, summary(read_metrics(plan.out)), "bold")
-    say(console, "files: " + ", ".join(name for name in _FILES if (plan.out / name).exists()), "dim")
+    say(console, "files: " + ", ".join(n for n in _FILES if n != track.TOKEN and (plan.out / n).exists()), "dim")
 
 
 @contextmanager

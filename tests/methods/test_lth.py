@@ -142,7 +142,7 @@ def test_a_reply_holds_what_is_left():
 
 
 def central(training, rounds, cycle, cycles, each):
-    """The paper's algorithm on all data, in torch alone; the optimiser starts anew every round, as a device's does."""
+    """The paper's algorithm on all data, in torch alone; as on a device, each round has an optimiser of its own."""
     model, start = network(), [p.detach().clone() for p in network().parameters()]
     masks = [torch.ones_like(p) for p in model.parameters()]
     for round_ in range(1, rounds + 1):
@@ -157,7 +157,7 @@ def central(training, rounds, cycle, cycles, each):
                     if p.ndim > 1:
                         left = p.abs()[mask.bool()]
                         cut = left.sort().values[int(each * left.numel())]
-                        mask *= p.abs() >= cut
+                        mask.mul_(p.abs() >= cut)
                     p.copy_(initial * mask)
     return model
 
