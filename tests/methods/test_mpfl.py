@@ -1,4 +1,4 @@
-"""MPFL: what a node votes, what travels, what is refused, and that the network gets smaller."""
+"""MPFL: what a node votes, what travels, what it remembers, and that it learns."""
 
 from __future__ import annotations
 
@@ -7,80 +7,20 @@ import oracles_slimming as oracles
 import pytest
 import tiny
 import torch
-from federation import DIGEST, Federation, blobs, build, network, over_the_wire, steps
+from federation import Federation, blobs, build, network, over_the_wire
+from slimming_turns import TRAINING, Residual, images, mlp3, some, take_turn, told, turn_of
 from torch import nn
-from torch.nn import functional as F
 
-from fedmask_flwr.flower.records import read_broadcast, read_reply
 from fedmask_flwr.masks import (
-    count_parameters,
     couple,
     filter_scores,
     frozen_weights,
-    gather,
     initialise,
-    model_digest,
-    slim_,
 )
-from fedmask_flwr.methods import Training, Turn, Update, resolve
+from fedmask_flwr.methods import Update
 from fedmask_flwr.methods.mpfl import MPFL
 from fedmask_flwr.methods.pruning_fl import PruningFL
-from fedmask_flwr.wire import Payload, WireError, pack, pack_bits, unpack_bits
-
-TRAINING = Training("adam", 0.02)
-
-
-class Residual(nn.Module):
-    """A stem and two blocks; what is added shares its channels."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm = nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)
-        self.a, self.b = nn.Conv2d(12, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
-        self.c, self.d = nn.Conv2d(12, 20, 3, padding=1, stride=2), nn.Conv2d(12, 20, 1, stride=2)
-        self.head = nn.Linear(20, 3)
-
-    def forward(self, x):
-        x = F.relu(self.norm(self.stem(x)))
-        x = F.relu(x + self.b(F.relu(self.a(x))))
-        return self.head(F.relu(self.c(x) + self.d(x)).mean((2, 3)))
-
-
-def mlp3():
-    """Two units and three layers."""
-    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
-
-
-def turn_of(round_, client=0):
-    return Turn(1, round_, 9, client)
-
-
-def told(method, keep, searched):
-    return Payload(bits={"keep": pack_bits(keep)}, meta={"searched": searched})
-
-
-def some(method, seed=0, share=0.7):
-    rng = np.random.default_rng(seed)
-    keep = rng.random(method.spec.numel) < share
-    for start in np.cumsum([0, *method.spec.sizes[:-1]]):
-        keep[start] = True
-    return keep
-
-
-def images(n=24):
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(n, 1, 8, 8, generator=g), torch.arange(n) % 3
-
-
-def take_turn(method, make, got, round_=1, memory=None, x=None, y=None, n=4):
-    """A node's turn: its reply and its trained model."""
-    model, memory = network(make), {} if memory is None else memory
-    optimizer = method.begin(got, model, TRAINING, turn_of(round_), memory)
-    steps(model, optimizer, n, x, y)
-    return method.finish(got, model, optimizer, turn_of(round_), memory), model
-
-
-# Votes
+from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
 
 
 @pytest.mark.parametrize(("make", "data"), [(tiny.net, blobs), (mlp3, blobs), (Residual, images)])
@@ -216,216 +156,6 @@ def test_a_lost_or_foreign_memory_begins_anew(memory):
         then = keep & (np.arange(32) % 7 > 0)
         memory = {"weights": method.slim_start(then) + 1, "keep": pack_bits(then)}
     assert np.array_equal(starts(method, told(method, keep, 1), memory), method.slim_start(keep))
-
-
-# Hostile and wrong replies
-
-
-def reply_of(method, state, vote, flip_rate=0.0):
-    return Update(0, Payload(bits={"vote": pack_bits(vote)}), 1.0, flip_rate)
-
-
-def test_a_vote_above_its_budget_is_refused():
-    method = build(MPFL, mlp3, search_rounds=4, keep_min=3)
-    state = method.init()
-    budget = method.lost(1)
-    vote = np.ones(28, bool)
-    vote[: budget[0]] = vote[16 : 16 + budget[1]] = False
-    method.check(state, reply_of(method, state, vote))
-    for i in (15, 27):
-        over = vote.copy()
-        over[i] = False
-        with pytest.raises(WireError, match="the vote drops"):
-            method.check(state, reply_of(method, state, over))
-    method.check(state, reply_of(method, state, np.ones(28, bool)))  # fewer is allowed
-
-
-def test_a_vote_for_pruned_filters_is_refused():
-    method = build(MPFL, search_rounds=4, keep_min=3, rule="threshold")
-    keep = np.arange(32) >= 20  # the rule may take more than the budget
-    state = type(method.init())(pack_bits(keep), np.zeros(32, np.uint32), 1, np.zeros(0, np.float32))
-    method.check(state, reply_of(method, state, keep))
-    with pytest.raises(WireError, match="pruned already"):
-        method.check(state, reply_of(method, state, keep | (np.arange(32) == 3)))
-    with pytest.raises(WireError, match="drops 21 filters of 32, allowed 20"):
-        method.check(state, reply_of(method, state, keep & (np.arange(32) != 25)))
-
-
-def test_a_lossy_codec_is_refused():
-    method = build(MPFL, keep_min=4)
-    state = method.init()
-    with pytest.raises(WireError, match="use an exact one"):
-        method.check(state, reply_of(method, state, np.ones(32, bool), 2.0**-8))
-
-
-def test_a_frame_of_another_granularity_is_refused():
-    """A bit a weight is another model to the server; so are fields of another length, phase or kind."""
-    method, other = build(MPFL, keep_min=4), build(resolve("fedpm"))
-    digests = [model_digest(m.spec, network()) for m in (method, other)]
-    assert digests[0] != digests[1]
-    got, turn = Payload(), turn_of(1)
-
-    def answer(payload, known, digest=digests[0]):
-        frame = pack(payload, digest=digest, round_=1, known=known)
-        return read_reply(frame, method, got, turn, {}, digest=digests[0])
-
-    known = method.known(got, turn, {})
-    vote = pack_bits(np.ones(32, bool))
-    assert answer(Payload(bits={"vote": vote}), known).payload.bits["vote"].tolist() == vote.tolist()
-    weights = Payload(bits={"mask": pack_bits(np.ones(other.numel, bool))})
-    with pytest.raises(WireError, match="another model"):
-        answer(weights, other.known(got, turn, {}), digests[1])
-    with pytest.raises(WireError, match="unexpected field 'mask'"):
-        answer(weights, other.known(got, turn, {}))
-    with pytest.raises(WireError, match=f"has {other.numel} elements, expected 32"):
-        answer(Payload(bits={"vote": weights.bits["mask"]}), other.known(got, turn, {}))
-    with pytest.raises(WireError, match="unexpected field 'weights'"):
-        answer(Payload(dense={"weights": method.start}), known)
-    with pytest.raises(WireError, match="came as dense"):
-        answer(Payload(dense={"vote": np.ones(32, np.float32)}), known)
-
-
-def test_weights_of_another_size_are_refused_after_the_search():
-    method = build(MPFL, keep_min=4)
-    keep = some(method)
-    got, turn = told(method, keep, 8), turn_of(9)
-    for n, good in ((method.slim_numel(keep), True), (method.floats, False), (0, False)):
-        payload = Payload(dense={"weights": np.zeros(n, np.float32)})
-        frame = pack(payload, digest=DIGEST, round_=9, known=None)
-        if good:
-            read_reply(frame, method, got, turn, {}, digest=DIGEST)
-        else:
-            with pytest.raises(WireError, match="elements, expected"):
-                read_reply(frame, method, got, turn, {}, digest=DIGEST)
-
-
-@pytest.mark.parametrize("searched", [-1, 9, 2**70, 0.5, float("inf"), "2", ""])
-def test_a_broadcast_with_another_count_of_searches_is_refused(searched):
-    method = build(MPFL, keep_min=4)
-    got = told(method, np.ones(32, bool), searched)
-    for act in (
-        lambda: method.up(got, {}),
-        lambda: method.begin(got, network(), TRAINING, turn_of(1), {}),
-        lambda: method.finish(got, network(), None, turn_of(1), {}),
-    ):
-        with pytest.raises(WireError, match="searches of 8 are done"):
-            act()
-
-
-@pytest.mark.parametrize("kind", [MPFL, PruningFL])
-@pytest.mark.parametrize("make", [tiny.net, mlp3])
-def test_a_broadcast_with_an_empty_layer_is_refused(kind, make):
-    """Whatever is asked first."""
-    method = build(kind, make, keep_min=4)
-    keep = np.ones(method.spec.numel, bool)
-    keep[-method.spec.sizes[-1] :] = False
-    got, turn = Payload(bits={"keep": pack_bits(keep)}, meta={"searched": 8}), turn_of(9)
-    model, frozen = network(make), frozen_weights(network(make), method.spec)
-    for act in (
-        lambda: method.up(got, {}),
-        lambda: method.begin(got, model, TRAINING, turn, {}),
-        lambda: method.install(got, model, frozen, "expected"),
-        lambda: method.report(got, {}),
-    ):
-        with pytest.raises(WireError, match="without filters"):
-            act()
-    if kind is MPFL:
-        with pytest.raises(WireError, match="without filters"):
-            method.known(told(method, keep, 2), turn, {})
-
-
-@pytest.mark.parametrize("kind", [MPFL, PruningFL])
-def test_a_broadcast_with_too_many_or_few_weights_is_refused(kind):
-    """Up to the full network a frame is readable; only the filters say how many there must be."""
-    method, keep = build(kind, keep_min=4), some(build(kind, keep_min=4))
-    n, frozen = method.slim_numel(keep), frozen_weights(network(), method.spec)
-    for size in (1, n - 1, n + 1, method.floats):
-        payload = Payload(
-            bits={"keep": pack_bits(keep)},
-            dense={"weights": np.ones(size, np.float32)},
-            meta={"searched": 8} if kind is MPFL else {},
-        )
-        frame = pack(payload, digest=DIGEST, round_=9, known=method.heard({}))
-        got = read_broadcast(frame, method, {}, digest=DIGEST, round_=9)
-        with pytest.raises(WireError, match=f"{size} weights for a slim network of {n}"):
-            method.begin(got, network(), TRAINING, turn_of(9), {})
-        with pytest.raises(WireError, match=f"{size} weights for a slim network of {n}"):
-            method.install(got, network(), frozen, "expected")
-    for size in (0, method.floats + 1):
-        payload = Payload(dense={"weights": np.ones(size, np.float32)})
-        frame = pack(payload, digest=DIGEST, round_=9, known=None)
-        with pytest.raises(WireError, match="elements, expected"):
-            read_broadcast(frame, method, {}, digest=DIGEST, round_=9)
-
-
-# The network gets smaller
-
-
-@pytest.mark.parametrize(("make", "data"), [(tiny.net, blobs), (mlp3, blobs), (Residual, images)])
-def test_begin_makes_the_model_smaller(make, data):
-    method = build(MPFL, make, search_rounds=2, keep_min=2)
-    keep = some(method, 3, 0.5)
-    full, model = network(make), network(make)
-    optimizer = method.begin(told(method, keep, 2), model, TRAINING, turn_of(3), {})
-    assert count_parameters(model) < 0.75 * count_parameters(full)
-    before = method.read(model)
-    steps(model, optimizer, 2, *data())
-    assert method.read(model).size == before.size == method.slim_numel(keep)
-    assert (method.read(model) != before).mean() > 0.5
-
-
-@pytest.mark.parametrize(("make", "data"), [(tiny.net, blobs), (mlp3, blobs), (Residual, images)])
-def test_the_installed_network_is_the_slim_one(make, data):
-    method = build(MPFL, make, search_rounds=2, keep_min=2)
-    keep, (x, y) = some(method, 5, 0.6), data()
-    got = told(method, keep, 2)
-    reply, slim = take_turn(method, make, got, 3, None, x, y)
-    sent = Payload(bits=got.bits, dense=reply.dense, meta=got.meta)
-    model = network(make)
-    method.install(sent, model, frozen_weights(model, method.spec), "expected")
-    with torch.no_grad():
-        for net in (model, slim):
-            net.eval()
-        assert torch.allclose(model(x), slim(x), atol=1e-5, rtol=1e-5)
-        again = slim_(network(make), method.coupling, method.spec, keep)
-        again.load_state_dict(slim.state_dict())
-        assert torch.equal(again.eval()(x), slim(x)), "what a user saves, a slim network reads"
-
-
-@pytest.mark.parametrize(("make", "data"), [(tiny.net, blobs), (Residual, images)])
-@pytest.mark.parametrize("kind", [MPFL, PruningFL])
-def test_adapting_brings_no_filter_back(kind, make, data):
-    method, (x, y) = build(kind, make, keep_min=2), data()
-    keep = some(method, 5, 0.6)
-    got, model = Payload(bits={"keep": pack_bits(keep)}, meta={"searched": 8}), network(make)
-    method.install(got, model, frozen_weights(model, method.spec), "expected")
-    optimizer = method.adapt(got, model, Training("adam", 0.05), turn_of(9), {})
-    before = method.read(model)
-    steps(model, optimizer, 5, x, y)
-    after = method.read(model)
-    moved = np.flatnonzero(after != before)
-    inside = gather(np.arange(method.floats), method.coupling, method.spec, keep)
-    assert np.isin(moved, inside).all()
-    assert moved.size > 0.5 * inside.size
-
-
-def test_running_statistics_are_cut_and_put_back():
-    """A checkpoint's BatchNorm keeps its statistics; pruned channels get a harmless variance."""
-    torch.manual_seed(0)
-    model = Residual()
-    method = MPFL(MPFL.layout(model), model, MPFL.Config(keep_min=2))
-    keep = some(method, 2, 0.5)
-    method.install(told(method, keep, 8), model, frozen_weights(model, method.spec), "expected")
-    unit = method.spec.units[method.spec.names.index("stem.weight")]
-    start = int(np.cumsum([0, *method.spec.sizes])[unit])
-    gone = torch.from_numpy(~keep[start : start + 12])
-    assert gone.any()
-    assert (model.norm.weight[gone] == 0).all()
-    assert (model.norm.bias[gone] == 0).all()
-    assert (model.norm.running_var == 1).all()
-    other = Residual()
-    method.begin(told(method, keep, 8), other, TRAINING, turn_of(9), {})
-    assert other.norm.running_mean.shape == (int((~gone).sum()),)
 
 
 def test_report_is_of_the_slim_network():
