@@ -44,7 +44,7 @@ check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
-	$(VENV141)/bin/python -m pytest -m "flower and not slow"
+	$(VENV141)/bin/python -m pytest -m "flower and not slow and not each_method"
 	$(VENV141)/bin/python -m pytest -m slow tests/test_cli.py
 
 fab: install ## build the Flower App Bundle into dist/

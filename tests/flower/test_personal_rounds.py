@@ -8,6 +8,7 @@ import pytest
 from flwr.app import Context, RecordDict
 from loopback import LoopbackGrid
 from rounds import frame_of, run, without_clock
+from safetensors.numpy import load_file
 
 from fedmask_flwr import checkpoint, memory
 from fedmask_flwr.flower.client import client_number, memory_folder
@@ -25,8 +26,9 @@ every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 def memories(out):
-    """{file name: bytes} of all devices; they share one folder here, as in a simulation."""
-    return {path.name: path.read_bytes() for path in (out / "memory").rglob("*") if path.is_file()}
+    """Bytes of each array that the devices remember, by client, round and name; the header names the run."""
+    files = [path for path in (out / "memory").rglob("*") if path.is_file()]
+    return {f"{path.name}/{k}": v.tobytes() for path in files for k, v in load_file(path).items()}
 
 
 def newest(out, client):
@@ -132,7 +134,7 @@ def test_a_full_disk_fails_the_turn_and_costs_no_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "write_atomic", full)
     lines, _ = run(out, method="fedmask")
     assert [line["clients_failed"] for line in lines] == [0, 0, 1, 0, 0]
-    assert {name for name in memories(out) if name.startswith("1.")} == {
+    assert {name.partition("/")[0] for name in memories(out) if name.startswith("1.")} == {
         "1.000004.safetensors",
         "1.000005.safetensors",
     }
