@@ -16,7 +16,7 @@ Settings: prune-to 0.5, search-rounds 8, keep-min 8; Adam 1e-3. Give ``num-serve
 
 Limits: the full network trains in the first search round. The last layer's outputs and layers that the trace does
 not understand keep their filters. Votes of a node beyond its budget are refused, not clipped; so are votes in a
-codec that is not exact.
+codec that is not exact. From a seed's signed constants all norms begin equal, and honest nodes agree less.
 """
 
 from __future__ import annotations

@@ -151,11 +151,11 @@ def test_flwr_run_does_the_same_thing(tmp_path):
 
 
 def test_mnist(tmp_path):
-    """The first 8 of the 30 rounds kept in benchmarks/results/mnist.json, on other seeds than those."""
+    """The first 4 of the 30 rounds kept in benchmarks/results/mnist.json, on other seeds than those."""
     assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
     options = f"--method deltamask --data mnist --data-dir {MNIST} --model mlp --clients 10 --local-epochs 3"
-    lines = fedmask(f"{options} --rounds 8", tmp_path / "run")
-    assert lines[-1]["accuracy_threshold"] >= 0.96
-    assert 8 * mean_bpp(lines) <= 3.0  # bits a parameter so far; 30 rounds at 0.2 would be 6
+    lines = fedmask(f"{options} --rounds 4", tmp_path / "run")
+    assert lines[-1]["accuracy_threshold"] >= 0.95
+    assert 4 * mean_bpp(lines) <= 1.6  # bits a parameter so far; 30 rounds at 0.2 would be 6
     frame = Frame.parse((tmp_path / "run/mask.fedmask").read_bytes())
     assert frame.fields[0].numel == 266_200
