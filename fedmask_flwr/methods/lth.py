@@ -25,10 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import Key, MaskSpec, Mode
+from fedmask_flwr.masks import MaskSpec
 from fedmask_flwr.wire import Payload, SideInfo, WireError, pack_bits, unpack_bits
 
 from .base import Fields, Known, Memory, MethodConfig, Training, Turn, Update
@@ -164,18 +164,6 @@ class LTH(DenseClient[LTHState]):
         return out
 
     # Client
-
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        """Write the ticket into the model; pruned weights are 0."""
-        self.write(model, self.weights(got))
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Train what is left."""
