@@ -50,11 +50,13 @@ flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
 fab: install ## build the Flower App Bundle into dist/
 	mkdir -p dist && cd dist && $(CURDIR)/$(BIN)/flwr build --app $(CURDIR)
 
-bench: install ## codec sizes and times against their limits and peers
+bench: install ## codec sizes and times, model sizes and votes against their limits and peers
 	$(BIN)/python benchmarks/codecs.py
 	$(BIN)/python benchmarks/fuse_query.py
+	$(BIN)/python benchmarks/fedmask_memory.py
+	$(BIN)/python benchmarks/mpfl_bytes.py
 
-curves: install ## the runs behind the README's picture and table; MNIST=folder of its idx files
+curves: install ## longer runs of single methods; MNIST=folder of its idx files
 	$(BIN)/python benchmarks/curves.py digits
 	$(BIN)/python benchmarks/curves.py mnist --data-dir $(MNIST) --methods deltamask
 

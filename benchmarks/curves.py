@@ -1,6 +1,6 @@
-"""Accuracy against bytes of every method, three seeds each: the README's picture and table.
+"""Longer runs of single methods, three seeds each, through `fedmask run`; comparisons are in benchmarks/compare.
 
-    python benchmarks/curves.py digits                                       # docs/accuracy-vs-bytes.png
+    python benchmarks/curves.py digits
     python benchmarks/curves.py mnist --data-dir ../shared/data/mnist --methods deltamask
 
 Each run is `fedmask run` with its defaults; bytes are whole frames, totals over ten clients. The metrics of every
@@ -16,13 +16,10 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 from fedmask_flwr.simulation.sandbox import scripts
 
 RESULTS = Path(__file__).parent / "results"
-PICTURE = Path(__file__).parents[1] / "docs/accuracy-vs-bytes.png"
 ROUNDS = {"digits": 20, "mnist": 30}
 KEPT = ("round", "accuracy_sampled", "accuracy_threshold", "accuracy_expected", "uplink_bytes", "downlink_bytes",
         "uplink_bpp", "downlink_bpp", "clients_failed")  # fmt: skip
@@ -63,23 +60,6 @@ def table(runs):
         print(f"{method:10} {spread:28} {bpp.mean():.4f} (<= {bpp.max():.4f}) {up:7.2f} {down:8.2f}")
 
 
-def draw(runs, name):
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, ways, title in zip(panels, (("up",), ("up", "down")), ("uplink", "uplink + downlink"), strict=True):
-        for method in dict.fromkeys(run["method"] for run in runs):
-            sent = sum(series(runs, method, f"{way}link_bytes") for way in ways).cumsum(axis=1).mean(axis=0) / 1e6
-            accuracy = series(runs, method, "accuracy_threshold")
-            (line,) = panel.plot(sent, accuracy.mean(axis=0), label=method)
-            panel.fill_between(sent, accuracy.min(axis=0), accuracy.max(axis=0), color=line.get_color(), alpha=0.2)
-        panel.set(xscale="log", xlabel=f"{title}, MB so far, all clients", ylim=(0, 1))
-        panel.grid(visible=True, alpha=0.3)
-    panels[0].set_ylabel(f"test accuracy ({name}, 10 clients)")
-    panels[0].legend()
-    figure.savefig(PICTURE, dpi=130)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", choices=ROUNDS)
@@ -89,8 +69,6 @@ def main():
     args = parser.parse_args()
     runs = measure(args.data, args.methods.split(","), [int(s) for s in args.seeds.split(",")], args.data_dir)
     table(runs)
-    if args.data == "digits":
-        draw(runs, args.data)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def shell(command, timeout=600, **env):
     """Run a command of the README in the checkout, with the test's own environment's programs first."""
     path = f"{scripts()}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        command.split(), cwd=ROOT, env={**os.environ, "PATH": path, **env}, capture_output=True, text=True,
+        shlex.split(command), cwd=ROOT, env={**os.environ, "PATH": path, **env}, capture_output=True, text=True,
         timeout=timeout, check=False,
     )  # fmt: skip
 
@@ -57,17 +57,28 @@ def test_demo():
 
 
 def test_readme_commands():
-    """FedPM on digits, then a look at its mask: the very lines of the README."""
-    shutil.rmtree(ROOT / "runs/fedpm", ignore_errors=True)
-    done = {line: shell(line) for line in commands() if line.startswith("fedmask")}
-    assert len(done) == 2
+    """A run, a look at its mask, its network, a comparison: the very lines of the README."""
+    for name in ("fedpm", "fedpm-network", "compare"):
+        shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
+    done = {line.split()[1]: shell(line) for line in commands() if line.startswith("fedmask")}
+    assert set(done) == {"run", "inspect", "export", "compare"}
     for line, result in done.items():
         assert result.returncode == 0, line + result.stdout + result.stderr
     lines = [json.loads(line) for line in (ROOT / "runs/fedpm/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["accuracy_threshold"] >= 0.93
     assert mean_bpp(lines) <= 1.01
-    inspected = next(result.stdout for line, result in done.items() if "inspect" in line)
-    assert "density" in inspected
+    assert "density" in done["inspect"].stdout
+    assert (ROOT / "runs/fedpm-network/model.pt2").stat().st_size > 0
+    assert "[6/6]" in done["compare"].stdout
+    kept = json.loads((ROOT / "runs/compare/compare.json").read_text())
+    assert [(m["label"], len(m["seeds"]), m["failures"]) for m in kept["methods"]] == [
+        ("deltamask", 2, 0), ("fedmask", 2, 0), ("standalone", 2, 0)
+    ]  # fmt: skip
+    for method in kept["methods"]:
+        assert method["figures"]["client_accuracy_mean"]["mean"] > 0.5
+    for name in ("table.md", "compare.png", "deltamask-s7/mask.fedmask", "fedmask-s8/metrics.jsonl"):
+        assert (ROOT / "runs/compare" / name).stat().st_size > 0
+    assert "standalone" in shell("fedmask report runs/compare").stdout
 
 
 def processes(mark, program):
