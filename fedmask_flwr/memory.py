@@ -66,8 +66,10 @@ class DeviceMemory:
         """
         rounds = self._rounds()
         past = [r for r in rounds if r < before]
-        if before <= 1 or (not past and len(rounds) < GENERATIONS):  # its first turn is yet to come, again
+        if before <= 1:
             return {}
+        if not past and sum(self._is_readable(self._path(r)) for r in rounds) < GENERATIONS:
+            return {}  # its first turn is yet to come, again
         if not past:
             log.warning("the server is back at round %d, client %d at %d", before, self.client, rounds[0])
             past = rounds[:1]

@@ -161,9 +161,15 @@ def standing(path: Path, told: Mapping[str, Any]) -> tuple[int, bool]:
     return last, last >= int(told["num-server-rounds"]) and (path / MASK).exists()
 
 
+def where_not_what(config: Mapping[str, Any]) -> frozenset[str]:
+    """Keys of a run config that say where it happens; a folder is also what, where it alone names the data."""
+    data = str(config.get("data", ""))
+    return WHERE_NOT_WHAT - {"data-dir"} if data == "npz" or ":" in data else WHERE_NOT_WHAT
+
+
 def same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:
     """Raise ``RunDirError`` when two run configs compute different things, naming the keys."""
-    keys = sorted((set(written) | set(told)) - WHERE_NOT_WHAT)
+    keys = sorted((set(written) | set(told)) - where_not_what(written) - where_not_what(told))
     other = [f"{k}: {written.get(k)!r} then, {told.get(k)!r} now" for k in keys if written.get(k) != told.get(k)]
     if other:
         raise RunDirError(

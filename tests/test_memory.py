@@ -92,6 +92,13 @@ def test_a_device_whose_first_turn_is_repeated_begins_anew(tmp_path):
     assert own.recall(4) == {}
 
 
+def test_a_damaged_file_is_no_generation(tmp_path):
+    own = disk(tmp_path)
+    own.keep(4, holds(4))
+    (tmp_path / "ab12/1.000006.safetensors").write_bytes(b"junk")
+    assert own.recall(4) == {}
+
+
 def test_a_server_that_went_far_back_is_answered_from_the_oldest(tmp_path, caplog):
     own = disk(tmp_path)
     for round_ in (4, 5, 6):

@@ -49,7 +49,6 @@ FIGURES = (
 )
 _TOTALS = frozenset({"uplink_bytes", "downlink_bytes", "evaluate_bytes", "clients_failed", "evaluations_failed"})
 _OVER_ROUNDS = _TOTALS | {"uplink_bpp", "seconds"}
-_OF_ONE = track.WHERE_NOT_WHAT | {"method", "seed"}
 
 
 class CompareError(RuntimeError):
@@ -126,7 +125,7 @@ def shared(results: Sequence[Result], planned: Sequence[Run] = ()) -> dict[str, 
     common: dict[str, Any] = {}
     known = [(result.label, result.settings, result.config) for result in results if result.rows]
     for label, own, config in [*known, *((run.label, run.settings, run.config) for run in planned)]:
-        for key in sorted(set(config) - set(own) - _OF_ONE):
+        for key in sorted(set(config) - set(own) - track.where_not_what(config) - {"method", "seed"}):
             if common.setdefault(key, config[key]) != config[key]:
                 raise CompareError(
                     f"{label} has {key} = {config[key]!r}, others {common[key]!r}: runs that differ in more than "
@@ -190,7 +189,8 @@ def _index(out: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text("utf-8"))["runs"]
         for entry in entries:
-            if Path(entry["folder"]).name != entry["folder"] or not isinstance(entry["settings"], dict):
+            plain = Path(entry["folder"]).name == entry["folder"] != ".." and entry["folder"]
+            if not plain or not isinstance(entry["settings"], dict):
                 raise ValueError(f"run {entry['folder']!r}")
             for name, kind in (("label", str), ("method", str), ("seed", int), ("error", str)):
                 if not isinstance(entry[name], kind):
@@ -205,11 +205,11 @@ def _index(out: Path) -> list[dict[str, Any]]:
 def _read_run(out: Path, entry: Mapping[str, Any]) -> Result:
     folder = out / entry["folder"]
     try:
-        config = json.loads((folder / track.CONFIG).read_text("utf-8"))
+        config = dict(json.loads((folder / track.CONFIG).read_text("utf-8")))
         complete = track.standing(folder, config)[1]
     except FileNotFoundError:
         config, complete = {}, False
-    except (ValueError, KeyError, track.RunDirError) as error:
+    except (ValueError, KeyError, TypeError, track.RunDirError) as error:
         raise CompareError(f"{folder / track.CONFIG} is damaged ({error}): delete {folder}") from error
     rows = track.read_lines(folder / track.METRICS)
     return Result(

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from torch import nn
 
 from fedmask_flwr import data
-from fedmask_flwr.config import load_config, patterns
+from fedmask_flwr.config import ConfigError, load_config, patterns
 from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.train import device_of, evaluate, tensors
@@ -30,6 +30,8 @@ def serve(grid: Grid, context: Context) -> None:
     ConfigError, DataError, RunDirError, CheckpointError, TimeoutError
         Each with the fix in its message; Flower marks the run as failed.
     """
+    if context.run_config.get("seeds"):
+        raise ConfigError("seeds are for a comparison: name methods in compare, or say seed")
     federate(grid, context.run_config, run_folder(context))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmask_flwr import data
-from fedmask_flwr.config import RunConfig, load_config
+from fedmask_flwr.config import RunConfig, kebab, load_config
 from fedmask_flwr.methods import Turn
 from fedmask_flwr.models import backbone
 from fedmask_flwr.share import share
@@ -27,9 +27,11 @@ class Device:
     """
 
     def __init__(self, msg: Message, context: Context) -> None:
-        config, _ = load_config(context.run_config)
         plan, _ = read_plan(msg.content)
-        self.config = config.model_copy(update={"seed": plan.seed})  # one server may run several seeds
+        # The server may run several methods, settings and seeds one after another.
+        own = {kebab(name): value for name, value in plan.settings.items()}
+        config, _ = load_config({**context.run_config, "method": plan.method, **own})
+        self.config = config.model_copy(update={"seed": plan.seed})
         self._node = context.node_config
         self._on = device_of(config.device)
         torch.set_num_threads(config.threads)  # two were 5-8 times slower when both cores train

@@ -23,6 +23,7 @@ class Ledger:
     """Counts of one round. Bytes are totals over clients, of whole frames; Flower's own bytes stand apart."""
 
     sent: int = 0
+    silent: int = 0  # sampled, but not told anything: they did not say who they are
     ok: int = 0
     asked: int = 0
     evaluated: int = 0
@@ -67,7 +68,7 @@ class Ledger:
             "flower_uplink_bytes": self.flower_uplink,
             "flower_downlink_bytes": self.flower_downlink,
             "clients_ok": self.ok,
-            "clients_failed": self.sent - self.ok,
+            "clients_failed": self.sent + self.silent - self.ok,
             "evaluations_failed": self.asked - self.evaluated,
         }
 
@@ -141,7 +142,7 @@ def _read(
     method.check(state, update)
     ledger.ok += 1
     ledger.accepted += len(frame)
-    ledger.metrics.append((float(examples), finite(reply)))
+    ledger.metrics.append((float(examples), reported(reply)))
     return update
 
 
@@ -167,6 +168,25 @@ def finite(reply: Message) -> dict[str, float]:
     return {name: v for name, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
 
 
+def measured(reply: Message) -> dict[str, float]:
+    """The metrics of an evaluation.
+
+    Raises
+    ------
+    WireError
+        When it calls something an accuracy that is none.
+    """
+    metrics = finite(reply)
+    if not 0.0 <= metrics.get("accuracy", 0.0) <= 1.0:
+        raise WireError(f"an accuracy of {metrics['accuracy']:g}: expected 0 to 1")
+    return metrics
+
+
+def reported(reply: Message) -> dict[str, float]:
+    """The metrics of a training, without names that a round's evaluation has."""
+    return {k: v for k, v in finite(reply).items() if not k.startswith(("accuracy_", "client_"))}
+
+
 def weighted_means(metrics: Sequence[tuple[float, dict[str, float]]]) -> dict[str, float]:
     """Mean of each metric over the clients that gave it, weighted by examples; one that overflows is left out."""
     means = {}
@@ -190,7 +210,7 @@ def spread(metrics: Sequence[tuple[float, dict[str, float]]], name: str) -> dict
     worst = values[: -(-len(values) // 10)]
     return {
         f"{name}_mean": mean,
-        f"{name}_std": (sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5,
+        f"{name}_std": (sum((v - mean) * (v - mean) for v in values) / len(values)) ** 0.5,
         f"{name}_worst_decile": sum(worst) / len(worst),
         f"{name}_worst": values[0],
     }

@@ -22,7 +22,7 @@ from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import Frame, Payload, SideInfo, WireError, pack
 
-from .ledger import Ledger, answers, finite, integer, read_updates, spread, weighted_means
+from .ledger import Ledger, answers, integer, measured, read_updates, spread, weighted_means
 from .records import frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
@@ -106,6 +106,7 @@ class MaskStrategy(Strategy):
         self.state = self.method.init()
         self.ledger = Ledger()
         self._sent: list[Message] = []
+        self._silent = 0
         self._asked: list[Message] = []
         self._frozen = frozen_weights(model, self.spec)
 
@@ -153,7 +154,7 @@ class MaskStrategy(Strategy):
     ) -> list[Message]:
         """One message a sampled node, each with records of its own."""
         self._sent = self._messages(grid, "train", self.fraction_train, server_round, config)
-        self.ledger = Ledger()
+        self.ledger = Ledger(silent=self._silent)
         self.ledger.send(self._sent)
         return self._sent
 
@@ -193,7 +194,7 @@ class MaskStrategy(Strategy):
         for node, reply in answers(list(replies), self._asked):
             self.ledger.receive(reply)
             try:
-                metrics.append((float(integer(reply, "num-examples")), finite(reply)))
+                metrics.append((float(integer(reply, "num-examples")), measured(reply)))
             except WireError as error:
                 log(ERROR, "evaluation of node %d dropped: %s", node, error)
         self.ledger.evaluated = len(metrics)
@@ -277,7 +278,8 @@ class MaskStrategy(Strategy):
         nodes = self.roster.sample(grid, fraction, kind, server_round)
         if self.method.personal:
             self.roster.identify(grid, nodes)
-            nodes = [node for node in nodes if node in self.roster.told]
+            sampled, nodes = nodes, [node for node in nodes if node in self.roster.told]
+            self._silent = len(sampled) - len(nodes)
             if not nodes:
                 raise RuntimeError(
                     f"method {self.plan.method} tells each client its own, but no node told its number: register "

@@ -15,7 +15,7 @@ from rich.console import Console
 from fedmask_flwr import data, track
 from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns, scalar
 from fedmask_flwr.memory import forget
-from fedmask_flwr.methods import resolve
+from fedmask_flwr.methods import Method, resolve
 from fedmask_flwr.models import backbone
 from fedmask_flwr.share import share
 from fedmask_flwr.show import RoundTable, summary
@@ -90,7 +90,7 @@ def usage() -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except (ConfigError, data.DataError, track.RunDirError, FileNotFoundError, ValueError) as error:
+    except (ConfigError, data.DataError, track.RunDirError, OSError, ValueError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -162,11 +162,13 @@ def check_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
     ValueError, FileNotFoundError, DataError
         With the fix in its message.
     """
+    method = resolve(config.method)
+    if config.adapt_epochs > 0 and method.adapt is Method.adapt:
+        raise UsageError(f"{config.method} does not adapt before it evaluates: leave adapt-epochs at -1, or set 0")
     if ":" in config.data:
         return
     rows = data.load(config.data, "train", config.data_dir)
     model = backbone(config.model, config.weights_source, rows.in_shape, rows.num_classes).build()
-    method = resolve(config.method)
     spec = method.layout(model, patterns(config.include), patterns(config.exclude))
     method(spec, model, method.Config(**settings), fraction=config.fraction_train)
 
@@ -251,7 +253,7 @@ def failures() -> Iterator[None]:
     """Turn what a simulation raises into a `RunError`."""
     try:
         yield
-    except (SimulationError, LeftoverError, stage.StageError) as error:
+    except (SimulationError, LeftoverError, stage.StageError, OSError) as error:
         raise RunError(str(error)) from error
 
 

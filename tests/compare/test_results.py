@@ -194,6 +194,8 @@ def test_a_run_without_a_round_binds_nobody(tmp_path):
 @pytest.mark.parametrize(
     "text",
     ["", "{}", "[]", '{"runs": 1}', '{"runs": [1]}', '{"runs": [{"folder": "../x"}]}',
+     *(f'{{"runs": [{{"folder": "{bad}", "settings": {{}}, "label": "a", "method": "a", "seed": 1, "error": ""}}]}}'
+       for bad in ("..", "", "a/../..")),
      '{"runs": [{"folder": "a", "settings": {}, "label": 1, "method": "a", "seed": 1, "error": ""}]}'],
 )  # fmt: skip
 def test_a_damaged_index_is_named(tmp_path, text):

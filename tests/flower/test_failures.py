@@ -247,3 +247,41 @@ def test_a_node_cannot_answer_as_another_client(tmp_path):
 
     lines, _ = run(tmp_path / "run", 3, tamper, method="personal:Personal", num_server_rounds=1)
     assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (2, 1)
+
+
+@pytest.mark.parametrize("accuracy", [1e200, -0.1, 1.5])
+def test_an_evaluation_that_cannot_be_is_counted(accuracy, tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "evaluate" and context.node_config["partition-id"] == 0:
+            reply.content.metric_records["metrics"]["accuracy"] = accuracy
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method="fedavg", fraction_evaluate=1.0, num_server_rounds=2)
+    assert [line["evaluations_failed"] for line in lines] == [1, 1]
+    assert all(0 <= line["client_accuracy_worst"] <= line["client_accuracy_mean"] <= 1 for line in lines)
+
+
+def test_training_metrics_cannot_pose_as_measured_ones(tmp_path):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train":
+            forged = {"accuracy_threshold": 2.0, "client_accuracy_mean": 9.0, "own": 3.0}
+            reply.content.metric_records["metrics"].update(forged)
+        return reply
+
+    lines, _ = run(tmp_path / "run", 2, tamper, method="fedmask", num_server_rounds=2, evaluate_every=2)
+    assert [line["own"] for line in lines] == [3.0, 3.0]
+    assert not any("accuracy_threshold" in line for line in lines)
+    assert "client_accuracy_mean" not in lines[0]
+    assert lines[1]["client_accuracy_mean"] <= 1.0
+
+
+def test_seeds_without_a_comparison_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="seeds are for a comparison"):
+        run(tmp_path / "run", seeds="1,2")
+
+
+def test_a_folder_is_what_a_run_is_where_it_names_the_data(tmp_path):
+    here, there = ({"data": "npz", "data-dir": name, "seed": 1} for name in ("a", "b"))
+    with pytest.raises(RunDirError, match="data-dir"):
+        track.same_run(tmp_path, here, there)
+    track.same_run(tmp_path, here | {"data": "mnist"}, there | {"data": "mnist"})
