@@ -20,7 +20,7 @@ from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_d
 from fedmask_flwr.methods import Known, Turn, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import Frame, Payload, SideInfo, WireError, pack
+from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
 
 from .ledger import Ledger, answers, integer, measured, read_updates, spread, weighted_means
 from .records import frame_of, frame_record, plan_record, read_broadcast
@@ -92,6 +92,9 @@ class MaskStrategy(Strategy):
         run = secrets.token_hex(8) if run_dir is None else run_dir.token()
         self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run)
         self.plan.training()
+        named = CODECS.get(codec.partition("+")[0])
+        if resolve(method).exact and named is not None and not named.lossless:
+            raise ValueError(f"{method} needs an exact codec, {codec} may flip bits: use auto")
         if source != AS_BUILT:
             initialise(model, source)
         self.method = self.plan.build(model, fraction_train)

@@ -104,6 +104,7 @@ class Method(ABC, Generic[S]):
     personal: ClassVar[bool] = False  # True: every node is asked for its client number before it is told anything
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")  # (): only devices can evaluate
     codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
+    exact: ClassVar[bool] = False  # True: its bits must not be coded by a codec that may flip some
     adapt_epochs: ClassVar[int] = 0  # epochs a device trains on its own data before it evaluates
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:

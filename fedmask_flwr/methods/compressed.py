@@ -33,6 +33,7 @@ class Compressed(DenseMethod, ABC):
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    exact: ClassVar[bool] = True
     config: Any
 
     def __init__(

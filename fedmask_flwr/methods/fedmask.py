@@ -19,7 +19,8 @@ neurons (``prune-by = "neuron"``; the outputs of the last layer stay). ``adapt-e
 weights before a device evaluates, as the paper does at the end.
 
 Limits: the paper's sparsity loss is not public, ``sparsity`` (lambda * mean(m_r)) stands in for it. A tie keeps the
-device's own bit. The server keeps a vector a device and no network of its own.
+device's own bit. With ``returns = "bit"`` a lost reply, or a lossy codec, sets bits back that nobody else owns.
+The server keeps a vector a device, for good, and no network of its own.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from fedmask_flwr.masks import (
     MaskSpec,
     Mode,
     derive,
+    freeze,
     frozen_weights,
     words,
     write_mask,
@@ -53,6 +55,7 @@ from fedmask_flwr.masks import (
 from fedmask_flwr.wire import Bits, Counts, Payload, Scalar, SideInfo, WireError, pack_bits, popcount, unpack_bits
 
 from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update
+from .dense import hold_zeros
 
 LEARNING_RATE = 0.1
 LEVELS = 60  # steps of a mean: exact for up to 6 owners
@@ -281,6 +284,8 @@ class FedMask(Method[FedMaskState]):
         mean = np.clip(means / LEVELS, CERTAIN, 1 - CERTAIN)
         # Where all owners agree with the device, or half of them, it keeps what it knows.
         keep = (2 * means == LEVELS) | (means == own * LEVELS)
+        if self.config.returns == "mean":  # unanimity without the device's own bit is of a turn it has gone beyond
+            keep |= (means == 0) | (means == LEVELS)
         scores[support] = np.where(keep, scores[support], self.cut + np.log(mean / (1 - mean))).astype(np.float32)
         return scores
 
@@ -304,10 +309,10 @@ class FedMask(Method[FedMaskState]):
 
     def adapt(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Unfreeze the active weights; the others stay 0."""
-        active = (frozen_weights(model, self.spec) != 0).float()
-        for parameter, flags in zip(self.spec.params(model), self.spec.split_weights(active).values(), strict=True):
+        freeze(model, self.spec)
+        for parameter in self.spec.params(model):
             parameter.requires_grad_(True)
-            parameter.register_hook(flags.mul)  # type: ignore[no-untyped-call]
+        hold_zeros(model, self.spec, frozen_weights(model, self.spec) != 0)
         return Adam(self.spec.params(model), self.config.tune_lr)
 
     def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:

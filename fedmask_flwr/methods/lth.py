@@ -65,6 +65,8 @@ class LTH(DenseClient[LTHState]):
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
         super().__init__(spec, model, config, fraction=fraction)
+        if len(list(model.parameters())) != len(list(model.named_parameters(remove_duplicate=False))):
+            raise ValueError("lth prunes a weight by its name, and this network has tied ones: untie them")
         at, start = {}, 0
         for name, tensor in float_entries(model):
             at[name.replace("_orig_mod.", "")] = start

@@ -66,6 +66,7 @@ class MPFL(Slimming[MPFLState]):
     """See the module's card."""
 
     name: ClassVar[str] = "mpfl"
+    exact: ClassVar[bool] = True
     State = MPFLState
     Config: ClassVar[type[MethodConfig]] = MPFLConfig
 

@@ -285,3 +285,9 @@ def test_a_folder_is_what_a_run_is_where_it_names_the_data(tmp_path):
     with pytest.raises(RunDirError, match="data-dir"):
         track.same_run(tmp_path, here, there)
     track.same_run(tmp_path, here | {"data": "mnist"}, there | {"data": "mnist"})
+
+
+@pytest.mark.parametrize("method", ["signsgd", "mpfl"])
+def test_a_lossy_codec_is_refused_where_bits_must_be_exact(method, tmp_path):
+    with pytest.raises(ValueError, match="needs an exact codec"):
+        run(tmp_path / "run", method=method, codec="fuse8+png", search_rounds=2, keep_min=2)

@@ -247,3 +247,10 @@ def test_a_compiled_model_is_the_same_to_it():
     plain = build(LTH)
     assert np.array_equal(method.positions, plain.positions)
     assert np.array_equal(method.start, plain.start)
+
+
+def test_tied_weights_are_refused():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="tied"):
+        LTH(LTH.layout(model), model)
