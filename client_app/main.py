@@ -3,7 +3,9 @@
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedmask_flwr.flower.client import identify, safely
+# Through the package: Flower's simulation loads both apps in threads, and two that take the import locks of package
+# and module in opposite orders deadlock.
+from fedmask_flwr.flower import identify, safely
 
 app = ClientApp()
 

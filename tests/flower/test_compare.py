@@ -197,7 +197,7 @@ def test_one_comparison_a_folder_at_a_time(tmp_path):
 
 
 def test_without_compare_it_is_one_run(tmp_path):
-    compare(tmp_path, "", "1,2", method="fedpm", num_server_rounds=1)
+    compare(tmp_path, "", "", method="fedpm", num_server_rounds=1)
     assert (tmp_path / "mask.fedmask").exists()
     assert not (tmp_path / "runs.json").exists()
     assert apps.run_folder(Context(9, 1, {}, RecordDict(), {"out": ""})).parts[-2:] == ("runs", "9")
