@@ -15,8 +15,8 @@ or the bits alone (``returns = "bit"``), at most 1; nothing before a device's fi
 anything of a position that it does not own. A mean lets it guess how many others own one, a bit does not.
 
 Settings: Adam 0.1 on the scores, fresh each round, tau 0.5; prune 0.2 of the last 2 layers, by weight or whole
-neurons (``prune-by = "neuron"``; the outputs of the last layer stay). ``adapt-epochs`` fine-tunes the active
-weights before a device evaluates, as the paper does at the end.
+neurons (``prune-by = "neuron"``; the outputs of the last layer stay). For ``adapt-epochs``
+(2) a device fine-tunes its active weights before it evaluates, as the paper does at the end.
 
 Limits: the paper's sparsity loss is not public, ``sparsity`` (lambda * mean(m_r)) stands in for it. A tie keeps the
 device's own bit. With ``returns = "bit"`` a lost reply, or a lossy codec, sets bits back that nobody else owns.
