@@ -22,7 +22,7 @@ from .artifacts import ExportError, check_free, cut_silent, need_onnx, save_netw
 from .config import ConfigError, RunConfig, load_config
 from .masks import derive, frozen_weights, model_digest, slim_, write_mask
 from .memory import DeviceMemory, DeviceMemoryError, default_folder
-from .methods import Fields, Memory, Method
+from .methods import Fields, Memory, Method, View
 from .methods.dense import float_entries, write_tensors
 from .methods.slimming import Slimming
 from .models import backbone
@@ -139,7 +139,7 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
         else:
             memory = _memory(run, config, identity, client, told.round_)
             got = _only(result, method.down(memory))
-            method.install(got, model, frozen_weights(model, method.spec), "threshold", None, memory)
+            method.install(got, model, frozen_weights(model, method.spec), View(memory=memory))
     except WireError as error:
         raise ExportError(f"{run / MASK}: {error}") from error
     return Network(model.eval(), shape, examples.num_classes, method, result, config, told.round_)
@@ -254,7 +254,7 @@ def _install(method: Method[Any], result: Payload, model: nn.Module, seed: int) 
     own = _only(result, method.down({}))
     if fields and fields == {*own.bits, *own.counts, *own.dense}:
         mode = "threshold" if "threshold" in method.modes else method.modes[0]
-        method.install(result, model, frozen, mode, derive(seed, "export"))
+        method.install(result, model, frozen, View(mode, derive(seed, "export")))
     elif fields == {*result.bits} == {"mask"}:
         bits = unpack_bits(result.bits["mask"], method.spec.numel)
         write_mask(model, method.spec, frozen, torch.from_numpy(bits))

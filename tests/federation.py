@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from fedmask_flwr.masks import frozen_weights, initialise
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.train import evaluate, train
 from fedmask_flwr.wire import pack, unpack
 
@@ -92,7 +92,7 @@ class Federation:
         model = network(self.make)
         frozen = frozen_weights(model, self.method.spec)
         memory = None if client is None else self.memory[client]
-        self.method.install(self.told(), model, frozen, "expected", None, memory)
+        self.method.install(self.told(), model, frozen, View("expected", memory=memory))
         return model
 
     def accuracy(self, client=None, adapt=0):

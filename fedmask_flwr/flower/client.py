@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.memory import DeviceMemory, default_folder
-from fedmask_flwr.methods import Turn
+from fedmask_flwr.methods import Turn, View
 from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.wire import pack
 
@@ -63,13 +63,13 @@ class MaskTurn:
         self._optimizer = self.method.begin(self._got, self._model, training, self.turn, self._memory)
         return self._optimizer
 
-    def load(self, mode: Mode = "threshold") -> nn.Module:
+    def load(self, mode: Mode = "threshold", task: int | None = None) -> nn.Module:
         """Write this device's network into the model, for evaluation: its own, where the method is personal."""
         if self.method.modes and mode not in self.method.modes:
             mode = self.method.modes[0]
         key = derive(self.turn.seed, "evaluate", self.turn.round, self.turn.client)
         frozen = frozen_weights(self._model, self.method.spec)
-        self.method.install(self._got, self._model, frozen, mode, key, self._memory)
+        self.method.install(self._got, self._model, frozen, View(mode, key, self._memory, task))
         return self._model
 
     def adapt(self, lr: float | None = None, name: str | None = None) -> Optimizer:

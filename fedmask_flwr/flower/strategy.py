@@ -17,7 +17,7 @@ from torch import nn
 
 from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Known, Turn, resolve
+from fedmask_flwr.methods import Known, Turn, View, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
@@ -142,7 +142,7 @@ class MaskStrategy(Strategy):
         if self.plan.weights != AS_BUILT:
             initialise(model, self.plan.weights)
         key = derive(self.plan.seed, "evaluate", Frame.parse(frame).round_, "server", sample)
-        self.method.install(got, model, self._frozen.to(next(model.parameters()).device), mode, key)
+        self.method.install(got, model, self._frozen.to(next(model.parameters()).device), View(mode, key))
         return model
 
     # Flower's strategy

@@ -16,6 +16,7 @@ from .base import MethodConfig as MethodConfig
 from .base import Training as Training
 from .base import Turn as Turn
 from .base import Update as Update
+from .base import View as View
 
 # Lazy: a missing optional dependency breaks only the method that needs it.
 BUILTIN = {
@@ -49,6 +50,7 @@ __all__ = [
     "Training",
     "Turn",
     "Update",
+    "View",
     "resolve",
 ]
 

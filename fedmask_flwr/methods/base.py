@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
@@ -50,13 +51,15 @@ class Turn:
     """One client's turn in one round: what keys its randomness.
 
     ``round`` counts from 1 to ``rounds``; ``client`` is the device's own stable number, not Flower's node id,
-    which is drawn anew at each start of a simulation.
+    which is drawn anew at each start of a simulation. ``private``: the device wants nothing of its own handed on
+    to other devices, beyond what is averaged.
     """
 
     seed: int
     round: int
     rounds: int
     client: int
+    private: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,20 @@ class Training:
 
     optimizer: Literal["adam", "sgd"] = "adam"
     lr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Which network of a method is wanted.
+
+    ``mode``: one of the method's; "sampled" draws with ``key``. ``memory``: the device whose network it is (None:
+    the server's). ``task``: the device's network for that task (None: the latest).
+    """
+
+    mode: Mode = "threshold"
+    key: Key | None = None
+    memory: Memory | None = None
+    task: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,19 +169,8 @@ class Method(ABC, Generic[S]):
         return True
 
     @abstractmethod
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
-        """Write the network of a device with that memory (None: the server) into ``model``.
-
-        In one of ``modes``; "sampled" draws with ``key``. ``frozen`` holds w of the spec, (spec.weights,).
-        """
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
+        """Write the network that ``view`` asks for into ``model``; ``frozen`` is w of the spec, (spec.weights,)."""
 
     # Server
 
@@ -178,6 +184,18 @@ class Method(ABC, Generic[S]):
 
         None stands for the server itself, which evaluates what it is told.
         """
+
+    def inquire(self, state: S, client: int) -> Payload:
+        """Return what a client is told so that it can evaluate: what a broadcast says, unless it needs less."""
+        return self.broadcast(state, client)
+
+    def advance(self, state: S, turn: Turn) -> S:
+        """Return the state in which ``turn.round`` begins: what changes with time alone."""
+        return state
+
+    def figures(self, state: S) -> Mapping[str, Any]:
+        """What a round's line of metrics says of the state; anything that JSON can hold."""
+        return {}
 
     def recall(self, state: S, client: int) -> Memory:
         """Return the part of a client's memory that the server holds too."""
@@ -212,6 +230,17 @@ class Method(ABC, Generic[S]):
     @abstractmethod
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """Return the client's reply after training; what is put into ``memory`` stays on the device."""
+
+    def observe(self, losses: npt.NDArray[np.float64], turn: Turn, memory: Memory) -> bool:
+        """Hear the losses, (n,) in nats, of the installed network on what the device is about to train on.
+
+        Called before ``begin`` where devices find out by themselves that another task has begun; True if so.
+        """
+        return False
+
+    def tasks(self, memory: Memory) -> tuple[int, ...]:
+        """Tasks for which a device with that memory has a network, ascending; (): it has one for all."""
+        return ()
 
     def adapt(
         self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory

@@ -17,11 +17,9 @@ from torch.optim import Optimizer
 
 from fedmask_flwr.aggregate import VoteCounter, beta_theta
 from fedmask_flwr.masks import (
-    Key,
     MaskAdam,
     MaskOptimizer,
     MaskSGD,
-    Mode,
     bernoulli,
     derive,
     mask_values,
@@ -30,7 +28,7 @@ from fedmask_flwr.masks import (
 )
 from fedmask_flwr.wire import Counts, Payload, WireError, pack_bits
 
-from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update
+from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
 
 LEARNING_RATE = 0.1  # s must travel about +-4; at 0.01 nothing is learned (papers: FedPM's own code)
 
@@ -138,17 +136,9 @@ class BetaMethod(Method[BetaState], ABC):
         """The thresholded mask 1[theta >= 1/2]."""
         return Payload(bits={"mask": pack_bits(self.theta(self.broadcast(state)) >= 0.5)})
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write w * m into ``model`` (m sampled, thresholded, or theta itself)."""
-        values = torch.from_numpy(mask_values(self.theta(got), mode, key))
+        values = torch.from_numpy(mask_values(self.theta(got), view.mode, view.key))
         write_mask(model, self.spec, frozen, values.to(frozen.device))
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:

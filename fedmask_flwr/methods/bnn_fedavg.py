@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from fedmask_flwr.aggregate import VoteCounter
-from fedmask_flwr.masks import Key, MaskSpec, Mode, derive, frozen_weights, words
+from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, words
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
-from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update
+from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
 from .dense import LEARNING_RATE as REST_LEARNING_RATE
 from .dense import Vector, float_entries, read_tensors, write_tensors
 from .fedavg import weighted_mean
@@ -165,15 +165,7 @@ class BnnFedAvg(Method[SignState]):
         """The binary network, as the floats it stands for."""
         return Payload(dense={"weights": self.weights(self.broadcast(state))})
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the binary network of the mean signs."""
         write_tensors((t for _, t in float_entries(model)), self.weights(got))
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
-from fedmask_flwr.masks import Key, MaskSpec, Mode
+from fedmask_flwr.masks import MaskSpec, Mode
 from fedmask_flwr.wire import Payload
 
-from .base import Fields, Known, Memory, Method, MethodConfig, Training, Turn
+from .base import Fields, Known, Memory, Method, MethodConfig, Training, Turn, View
 
 LEARNING_RATE = 1e-3
 Vector = npt.NDArray[np.float32]
@@ -87,15 +87,7 @@ class DenseClient(Method[S], ABC):
         """What the client was told, or the initial weights."""
         return got.dense.get("weights", self.start)
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the weights into ``model``."""
         self.write(model, self.weights(got))
 

@@ -40,7 +40,6 @@ from torch.optim import Adam, Optimizer
 
 from fedmask_flwr.aggregate import OverlapMean
 from fedmask_flwr.masks import (
-    Key,
     MaskAdam,
     MaskOptimizer,
     MaskSGD,
@@ -54,7 +53,7 @@ from fedmask_flwr.masks import (
 )
 from fedmask_flwr.wire import Bits, Counts, Payload, Scalar, SideInfo, WireError, pack_bits, popcount, unpack_bits
 
-from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update
+from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
 from .dense import hold_zeros
 
 LEARNING_RATE = 0.1
@@ -294,18 +293,10 @@ class FedMask(Method[FedMaskState]):
         flags: Flags = self.scores(got, memory) >= self.cut
         return flags & unpack_bits(memory["support"], self.numel)
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the device's own network; one that never had a turn has all its weights."""
-        if memory:
-            write_mask(model, self.spec, frozen, torch.from_numpy(self.bits(got, memory)))
+        if view.memory:
+            write_mask(model, self.spec, frozen, torch.from_numpy(self.bits(got, view.memory)))
 
     def adapt(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Unfreeze the active weights; the others stay 0."""

@@ -23,10 +23,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import Key, MaskSpec, Mode
+from fedmask_flwr.masks import MaskSpec, Mode
 from fedmask_flwr.wire import Payload
 
-from .base import Memory, MethodConfig, Training, Turn
+from .base import Memory, MethodConfig, Training, Turn, View
 from .dense import float_entries, read_tensors, write_tensors
 from .fedavg import Averaging
 from .layers import last_layers, plain
@@ -63,17 +63,9 @@ class LgFedAvg(Averaging):
         write_tensors(self._local(model), (memory or {}).get("local", self._local_start))
         self.write(model, self.weights(got))
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the device's lower layers and everybody's upper ones."""
-        self._write_all(got, model, memory)
+        self._write_all(got, model, view.memory)
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Ordinary training of both parts together."""

@@ -15,9 +15,7 @@ from torch.optim import Optimizer
 from fedmask_flwr.aggregate import cubic, targets
 from fedmask_flwr.masks import (
     Coupling,
-    Key,
     MaskSpec,
-    Mode,
     couple,
     gather,
     scatter,
@@ -26,7 +24,7 @@ from fedmask_flwr.masks import (
 )
 from fedmask_flwr.wire import Payload, SideInfo, WireError, pack_bits, unpack_bits
 
-from .base import Fields, Memory, MethodConfig, Training, Turn
+from .base import Fields, Memory, MethodConfig, Training, Turn, View
 from .dense import DenseClient, S, Vector
 
 Flags = npt.NDArray[np.bool_]
@@ -138,15 +136,7 @@ class Slimming(DenseClient[S], ABC):
         share = cubic(config.prune_to, done, config.search_rounds)
         return targets(self.spec.sizes, share, config.keep_min)
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the slim network into the full one: pruned channels are 0."""
         self.write_slim(model, self.weights(got), self.keep(got))
 

@@ -15,10 +15,10 @@ from typing import ClassVar, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import Key, Mode
+from fedmask_flwr.masks import Mode
 from fedmask_flwr.wire import Payload
 
-from .base import Fields, Memory, Training, Turn, Update
+from .base import Fields, Memory, Training, Turn, Update, View
 from .dense import DenseMethod, DenseState
 
 
@@ -43,17 +43,9 @@ class Standalone(DenseMethod):
             pass
         return state
 
-    def install(
-        self,
-        got: Payload,
-        model: nn.Module,
-        frozen: Tensor,
-        mode: Mode,
-        key: Key | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+    def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the device's own weights."""
-        self.write(model, (memory or {}).get("weights", self.start))
+        self.write(model, (view.memory or {}).get("weights", self.start))
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Go on from the device's own weights."""

@@ -8,7 +8,7 @@ import torch
 
 from fedmask_flwr.flower.records import read_broadcast, read_reply
 from fedmask_flwr.masks import frozen_weights, initialise
-from fedmask_flwr.methods import Training, Turn, Update, resolve
+from fedmask_flwr.methods import Training, Turn, Update, View, resolve
 from fedmask_flwr.train import train
 from fedmask_flwr.wire import Counts, Payload, pack, pack_bits
 
@@ -90,7 +90,7 @@ def take_turn(method, state, turn, memory, *, training=TRAINING, epochs=1, codec
 def network(method, state, turn, memory):
     """The device's installed network."""
     model, got = fresh_model(), hear(method, state, turn, memory)
-    method.install(got, model, frozen_weights(model, method.spec), "threshold", None, memory)
+    method.install(got, model, frozen_weights(model, method.spec), View(memory=memory))
     return model, got
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedmask_flwr.masks import frozen_weights
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.methods.bnn_fedavg import BnnFedAvg, SignOptimizer
 from fedmask_flwr.wire import Counts, Payload, WireError, pack_bits, unpack_bits
 
@@ -44,7 +44,7 @@ def test_before_round_one_it_is_the_seeded_network():
     method, model = build(BnnFedAvg), network()
     assert method.scale == [pytest.approx(math.e / math.sqrt(fan_in)) for fan_in in (8, 32)]
     assert method.broadcast(method.init()).counts == {}
-    method.install(Payload(), model, frozen_weights(model, method.spec), "expected")
+    method.install(Payload(), model, frozen_weights(model, method.spec), View("expected"))
     for p, w in zip(model.parameters(), network().parameters(), strict=True):
         assert torch.equal(p, w)
 
@@ -54,7 +54,7 @@ def test_the_network_is_the_majoritys():
     plus = np.arange(D, dtype=np.uint32) % 5
     rest = np.arange(REST, dtype=np.float32)
     got = Payload(counts={"plus": Counts(plus, 4)}, dense={"rest": rest})
-    method.install(got, model, frozen_weights(model, method.spec), "expected")
+    method.install(got, model, frozen_weights(model, method.spec), View("expected"))
     found, start = frozen_weights(model, method.spec).numpy(), frozen_weights(network(), method.spec).numpy()
     assert np.array_equal(np.sign(found), np.select([plus > 2, plus < 2], [1, -1], np.sign(start)))
     assert np.array_equal(np.abs(found), np.abs(start))

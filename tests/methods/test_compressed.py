@@ -11,7 +11,7 @@ import torch
 from compressed_cases import ROWS, TURN, build, sent, some_round, train
 
 from fedmask_flwr.masks import frozen_weights
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.wire import Counts, Payload, WireError, pack
 
 every_row = pytest.mark.parametrize("row", ROWS)
@@ -74,7 +74,7 @@ def test_statistics_are_averaged_whole(row):
     assert want.size == 64
     assert np.array_equal(payload.dense["statistics"], want)
     state = method.aggregate(method.init(), [Update(0, payload, 7.0, 0.0)])
-    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), "expected")
+    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), View("expected"))
     found = torch.cat([model.state_dict()[name] for name in names]).numpy()
     assert np.array_equal(found, want)
 
@@ -133,7 +133,7 @@ def test_it_learns(row, make):
             payload = train(method, model, got, turn, memories[client], data=mine, lr=0.05, epochs=4)
             updates.append(Update(client, sent(method, payload, got, turn), 50.0, 0.0))
         state = method.aggregate(state, iter(updates))
-    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), "expected")
+    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), View("expected"))
     x, y = (torch.from_numpy(a) for a in tiny.blobs("test", ""))
     with torch.no_grad():
         assert (model.eval()(x).argmax(1) == y).float().mean() >= 0.85

@@ -12,7 +12,7 @@ from cases import CASES
 
 from fedmask_flwr.checkpoint import load_state, save_state
 from fedmask_flwr.masks import derive, frozen_weights, initialise
-from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, resolve
+from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, View, resolve
 from fedmask_flwr.wire import Counts, Payload, SideInfo, codec_names, pack, unpack
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -220,7 +220,7 @@ def test_install_writes_the_network_in_every_mode(case):
     frozen = frozen_weights(model, method.spec)
     state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
     for mode in method.modes:
-        method.install(method.broadcast(state), model, frozen, mode, derive(1, "x"))
+        method.install(method.broadcast(state), model, frozen, View(mode, derive(1, "x")))
         assert all(torch.isfinite(p).all() for p in model.parameters())
         if mode != "expected":
             kept = torch.cat([p.detach().reshape(-1) for p in method.spec.params(model)])
@@ -238,7 +238,7 @@ def test_install_writes_a_device_s_own_network(case):
     told = [(method.broadcast(state, 3), memory)]
     told += [(method.broadcast(state, 9), {})]  # one that the server never heard of
     for got, own in told:
-        method.install(got, model, frozen, (*method.modes, "threshold")[0], derive(1, "x"), own)
+        method.install(got, model, frozen, View((*method.modes, "threshold")[0], derive(1, "x"), own))
         assert all(torch.isfinite(p).all() for p in model.parameters())
         assert method.report(got, own)["model_bits"] > 0
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from fedmask_flwr.flower.records import read_broadcast, read_reply
 from fedmask_flwr.masks import frozen_weights
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.methods.lth import LTH
 from fedmask_flwr.train import train
 from fedmask_flwr.wire import Payload, WireError, pack, pack_bits, unpack_bits
@@ -115,7 +115,7 @@ def test_pruned_weights_stay_exactly_zero(training, step):
     if step == "train":
         optimizer = method.begin(got, model, training, turn_of(2), {})
     else:
-        method.install(got, model, frozen_weights(model, method.spec), "expected")
+        method.install(got, model, frozen_weights(model, method.spec), View("expected"))
         optimizer = method.adapt(got, model, training, turn_of(2), {})
     before = covered(model).copy()
     x, y = blobs()
@@ -219,7 +219,7 @@ def test_weights_of_another_number_are_refused(change):
     got = read_broadcast(frame, method, {}, digest=DIGEST, round_=2)
     for act in (
         lambda: method.begin(got, network(), Training(), turn_of(2), {}),
-        lambda: method.install(got, network(), torch.zeros(D), "expected"),
+        lambda: method.install(got, network(), torch.zeros(D), View("expected")),
     ):
         with pytest.raises(WireError, match=f"{n} weights for a network with {left} left"):
             act()

@@ -17,7 +17,7 @@ from fedmask_flwr.masks import (
     frozen_weights,
     initialise,
 )
-from fedmask_flwr.methods import Update
+from fedmask_flwr.methods import Update, View
 from fedmask_flwr.methods.mpfl import MPFL
 from fedmask_flwr.methods.pruning_fl import PruningFL
 from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
@@ -228,7 +228,7 @@ def test_a_residual_network_learns_through_the_wire():
         method.check(state, Update(0, back, 1.0, 0.0))
         state = method.aggregate(state, iter([Update(0, back, 1.0, 0.0)]))
     model = network(Residual)
-    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), "expected")
+    method.install(method.broadcast(state), model, frozen_weights(model, method.spec), View("expected"))
     assert unpack_bits(state.keep, 48).sum() == 24
     assert float((model(x).argmax(1) == y).float().mean()) > 0.9
 

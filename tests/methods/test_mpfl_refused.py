@@ -13,7 +13,7 @@ from fedmask_flwr.masks import (
     frozen_weights,
     model_digest,
 )
-from fedmask_flwr.methods import Update, resolve
+from fedmask_flwr.methods import Update, View, resolve
 from fedmask_flwr.methods.mpfl import MPFL
 from fedmask_flwr.methods.pruning_fl import PruningFL
 from fedmask_flwr.wire import Payload, WireError, pack, pack_bits
@@ -122,7 +122,7 @@ def test_a_broadcast_with_an_empty_layer_is_refused(kind, make):
     for act in (
         lambda: method.up(got, {}),
         lambda: method.begin(got, model, TRAINING, turn, {}),
-        lambda: method.install(got, model, frozen, "expected"),
+        lambda: method.install(got, model, frozen, View("expected")),
         lambda: method.report(got, {}),
     ):
         with pytest.raises(WireError, match="without filters"):
@@ -148,7 +148,7 @@ def test_a_broadcast_with_too_many_or_few_weights_is_refused(kind):
         with pytest.raises(WireError, match=f"{size} weights for a slim network of {n}"):
             method.begin(got, network(), TRAINING, turn_of(9), {})
         with pytest.raises(WireError, match=f"{size} weights for a slim network of {n}"):
-            method.install(got, network(), frozen, "expected")
+            method.install(got, network(), frozen, View("expected"))
     for size in (0, method.floats + 1):
         payload = Payload(dense={"weights": np.ones(size, np.float32)})
         frame = pack(payload, digest=DIGEST, round_=9, known=None)

@@ -15,7 +15,7 @@ from fedmask_flwr.masks import (
     gather,
     slim_,
 )
-from fedmask_flwr.methods import Training
+from fedmask_flwr.methods import Training, View
 from fedmask_flwr.methods.mpfl import MPFL
 from fedmask_flwr.methods.pruning_fl import PruningFL
 from fedmask_flwr.wire import Payload, pack_bits
@@ -42,7 +42,7 @@ def test_the_installed_network_is_the_slim_one(make, data):
     reply, slim = take_turn(method, make, got, 3, None, x, y)
     sent = Payload(bits=got.bits, dense=reply.dense, meta=got.meta)
     model = network(make)
-    method.install(sent, model, frozen_weights(model, method.spec), "expected")
+    method.install(sent, model, frozen_weights(model, method.spec), View("expected"))
     with torch.no_grad():
         for net in (model, slim):
             net.eval()
@@ -58,7 +58,7 @@ def test_adapting_brings_no_filter_back(kind, make, data):
     method, (x, y) = build(kind, make, keep_min=2), data()
     keep = some(method, 5, 0.6)
     got, model = Payload(bits={"keep": pack_bits(keep)}, meta={"searched": 8}), network(make)
-    method.install(got, model, frozen_weights(model, method.spec), "expected")
+    method.install(got, model, frozen_weights(model, method.spec), View("expected"))
     optimizer = method.adapt(got, model, Training("adam", 0.05), turn_of(9), {})
     before = method.read(model)
     steps(model, optimizer, 5, x, y)
@@ -75,7 +75,7 @@ def test_running_statistics_are_cut_and_put_back():
     model = Residual()
     method = MPFL(MPFL.layout(model), model, MPFL.Config(keep_min=2))
     keep = some(method, 2, 0.5)
-    method.install(told(method, keep, 8), model, frozen_weights(model, method.spec), "expected")
+    method.install(told(method, keep, 8), model, frozen_weights(model, method.spec), View("expected"))
     unit = method.spec.units[method.spec.names.index("stem.weight")]
     start = int(np.cumsum([0, *method.spec.sizes])[unit])
     gone = torch.from_numpy(~keep[start : start + 12])

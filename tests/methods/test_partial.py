@@ -11,7 +11,7 @@ from federation import Federation, build, network, over_the_wire, steps
 from torch import nn
 
 from fedmask_flwr.masks import frozen_weights
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.methods.fedavg import FedAvg
 from fedmask_flwr.methods.finetune import FineTune, selection
 from fedmask_flwr.methods.layers import last_layers, layers
@@ -93,7 +93,7 @@ def test_lg_fedavg_keeps_the_lower_layers_on_the_device():
     told = Payload(dense={"weights": np.full(99, 0.5, np.float32)})
     for write in (
         lambda m, own: method.begin(told, m, Training(), TURN, own),
-        lambda m, own: method.install(told, m, frozen_weights(m, method.spec), "expected", None, own),
+        lambda m, own: method.install(told, m, frozen_weights(m, method.spec), View("expected", memory=own)),
     ):
         write(own := network(), memory)
         assert torch.equal(own[1].weight, lower[1])
