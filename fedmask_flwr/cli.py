@@ -204,13 +204,19 @@ def compare(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a comparison.")]) -> None:
-    """Print and write a comparison's table and picture again, from what its runs recorded."""
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a comparison, or of one continual run.")],
+) -> None:
+    """Print and write a comparison's table and picture again, or a continual run's, from what was recorded."""
+    from fedmask_flwr import attention
+    from fedmask_flwr.compare import results
     from fedmask_flwr.simulation import comparing, launch
+    from fedmask_flwr.track import CONFIG
 
+    single = (folder / CONFIG).exists() and not (folder / results.INDEX).exists()
     try:
-        comparing.show(folder, Console())
-    except launch.RunError as error:
+        (attention.show if single else comparing.show)(folder, Console())
+    except (attention.ReportError, launch.RunError) as error:
         _stop(str(error), FAILED)
 
 

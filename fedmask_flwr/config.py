@@ -31,15 +31,32 @@ class RunConfig(BaseModel):
         "'package.module:function'",
     )
     data_dir: str = Field("", description="folder of the data set")
+    scenario: str = Field(
+        "",
+        description="a continual federation: mnist-3x5, mnist-split, debd-latin, ..., or the path of a .toml "
+        "table; it names data and clients, and its tasks share the rounds evenly",
+    )
+    stream: Literal["sequential", "cumulative"] = Field(
+        "sequential", description="whether a client keeps the data of its earlier tasks (the upper bound)"
+    )
+    task_identity: Literal["told", "found"] = Field(
+        "told", description="whether the server says which task it is, or devices find out by their losses"
+    )
     partition: Literal["iid", "dirichlet", "classes", "group"] = "iid"
     alpha: float = Field(0.5, gt=0.0, description="concentration of the Dirichlet partition")
     classes_per_client: int = Field(2, ge=1)
     model: str = Field(
         "mlp",
-        description="mlp, lenet5, leaf, har, conv4, conv6, torchvision:NAME, or 'package.module:builder'",
+        description="mlp, lenet5, leaf, har, conv4, conv6, made, torchvision:NAME, or 'package.module:builder'; "
+        "arguments in parentheses: made(hidden=110 masks=8 connect=cycle)",
+    )
+    same_masks: bool = Field(
+        True, description="all devices build the structural masks of a network such as made from the same seed"
     )
     weights: str = Field(
-        "seed", description="seed (the run's), seed:N[:scale], file:PATH#sha256=HEX, or torchvision:DEFAULT"
+        "seed",
+        description="seed (the run's), glorot (the run's seed, for weights that are trained), seed:N[:scale], "
+        "file:PATH#sha256=HEX, or torchvision:DEFAULT",
     )
     include: str = Field("*", description="comma-separated patterns of parameter names to mask")
     exclude: str = Field("", description="comma-separated patterns of parameter names to leave frozen")
@@ -97,7 +114,7 @@ class RunConfig(BaseModel):
     @property
     def weights_source(self) -> str:
         """Where the frozen weights come from, with the run's seed filled in."""
-        return f"seed:{self.seed}" if self.weights == "seed" else self.weights
+        return {"seed": f"seed:{self.seed}", "glorot": f"seed:{self.seed}:glorot"}.get(self.weights, self.weights)
 
     @property
     def lr(self) -> float | None:

@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from . import data
 from .artifacts import ExportError, check_free, cut_silent, need_onnx, save_network
 from .config import ConfigError, RunConfig, load_config
 from .masks import derive, frozen_weights, model_digest, slim_, write_mask
@@ -25,8 +24,9 @@ from .memory import DeviceMemory, DeviceMemoryError, default_folder
 from .methods import Fields, Memory, Method, View
 from .methods.dense import float_entries, write_tensors
 from .methods.slimming import Slimming
-from .models import backbone
 from .plan import Plan
+from .setting import network, settled, structure_id
+from .setting import shape as shape_of
 from .show import human_bytes
 from .track import CONFIG, MASK, read_token
 from .wire import Frame, Payload, WireError, unpack, unpack_bits
@@ -110,11 +110,12 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
     with _importable():
         config, settings = _config(run)
         raw = _frame(run)
-        examples = _examples(config, data_dir)
+        shape, num_classes = _shape(config, data_dir)
         try:
-            shape, source = examples.in_shape, config.weights_source
-            model = backbone(config.model, source, shape, examples.num_classes).build()
-            method = (plan := Plan.of(config, settings, read_token(run))).build(model, config.fraction_train)
+            model = network(config, shape, num_classes)
+            own = settled(config, settings)
+            plan = Plan.of(config, own, read_token(run), structure_id(model))
+            method = plan.build(model, config.fraction_train)
         except (ValueError, FileNotFoundError) as error:
             raise ExportError(f"the network of {run} cannot be built: {error}") from error
     digest = model_digest(method.spec, model)
@@ -142,7 +143,7 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
             method.install(got, model, frozen_weights(model, method.spec), View(memory=memory))
     except WireError as error:
         raise ExportError(f"{run / MASK}: {error}") from error
-    return Network(model.eval(), shape, examples.num_classes, method, result, config, told.round_)
+    return Network(model.eval(), shape, num_classes, method, result, config, told.round_)
 
 
 def slimmed(network: Network) -> nn.Module:
@@ -213,13 +214,13 @@ def _frame(run: Path) -> bytes:
         raise ExportError(f"{run} has no {MASK}: the run is not finished; fedmask run resumes it") from error
 
 
-def _examples(config: RunConfig, data_dir: str | None) -> data.Dataset:
+def _shape(config: RunConfig, data_dir: str | None) -> tuple[tuple[int, ...], int]:
     try:
-        return data.load(config.data, "test", config.data_dir if data_dir is None else data_dir)
+        return shape_of(config, data_dir)
     except Exception as error:  # a user's own loader may raise anything
         raise ExportError(
-            f"the data set {config.data!r} says what shape the network takes, and it cannot be loaded: {error} "
-            "(--data-dir gives its folder)"
+            f"the data set {config.scenario or config.data!r} says what shape the network takes, and it cannot be "
+            f"loaded: {error} (--data-dir gives its folder)"
         ) from error
 
 

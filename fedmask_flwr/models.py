@@ -6,6 +6,8 @@ one example: (channels, height, width) for the convolutional ones, (channels, ti
 
 from __future__ import annotations
 
+import re
+import tomllib
 from collections.abc import Sequence
 from itertools import pairwise
 from math import prod
@@ -15,12 +17,14 @@ from torch import nn
 from .masks import Backbone
 from .masks.backbone import Option
 
+_SPELLED = re.compile(r"(?P<name>[^()\s]+)(?:\((?P<inner>[^()]*)\))?")
 MODELS: dict[str, str] = {
     "conv4": "fedmask_flwr.models:conv4",
     "conv6": "fedmask_flwr.models:conv6",
     "har": "fedmask_flwr.models:har",
     "leaf": "fedmask_flwr.models:leaf",
     "lenet5": "fedmask_flwr.models:lenet5",
+    "made": "fedmask_flwr.made:made",
     "mlp": "fedmask_flwr.models:mlp",
 }
 
@@ -162,6 +166,36 @@ def _image(in_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def spelled(text: str) -> tuple[str, dict[str, Option]]:
+    """Take ``name(key=value key=value)`` apart; values as in TOML, bare words, or numbers between commas.
+
+    Raises
+    ------
+    ValueError
+        The text is neither that nor a name alone.
+    """
+    found = _SPELLED.fullmatch(text.strip())
+    if found is None:
+        raise ValueError(f"cannot read model {text!r}: write NAME, or NAME(KEY=VALUE KEY=VALUE)")
+    options: dict[str, Option] = {}
+    for word in (found["inner"] or "").split():
+        key, equals, value = word.partition("=")
+        if not equals or not key.isidentifier() or not value or key in options:
+            raise ValueError(f"cannot read {word!r} in model {text!r}: write each KEY=VALUE once, with no spaces")
+        options[key] = _option(value)
+    return found["name"], options
+
+
+def _option(text: str) -> Option:
+    if "," in text:
+        return tuple(_option(part) for part in text.split(",") if part)
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except ValueError:
+        return text  # a bare word
+    return value if isinstance(value, int | float | str) else text
+
+
 def backbone(model: str, source: str, in_shape: Sequence[int], num_classes: int, **options: Option) -> Backbone:
     """Name a network by a short name, a torchvision name or a dotted path.
 
@@ -169,17 +203,20 @@ def backbone(model: str, source: str, in_shape: Sequence[int], num_classes: int,
     ----------
     model
         A key of `MODELS`, ``"torchvision:<name>"`` (takes 3-channel images; `in_shape` is not passed
-        on), or ``"pkg.mod:builder"`` for a builder with this module's signature.
+        on), or ``"pkg.mod:builder"`` for a builder with this module's signature. Further arguments of the builder
+        follow in parentheses: ``mlp(hidden=300,100)``, ``made(hidden=110 masks=8 connect=cycle)``.
     source
         The frozen weights, see `Backbone`.
     options
-        Further keyword arguments of the builder.
+        Further keyword arguments of the builder; they win over those in parentheses.
 
     Raises
     ------
     ValueError
         Unknown name, malformed source, or a shape that the model cannot take.
     """
+    model, written = spelled(model)
+    options = {**written, **options}
     if model.startswith("torchvision:"):
         if len(in_shape) != 3 or in_shape[0] != 3:
             raise ValueError(f"{model} takes images of shape (3, height, width), not {tuple(in_shape)}")

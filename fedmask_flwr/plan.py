@@ -20,7 +20,8 @@ class Plan:
     """How every client of a run answers; sent with each message so that only the server is configured.
 
     ``weights`` names the frozen weights ("seed:7", a checkpoint and its hash, or "as-built": the model arrives
-    with them). ``run`` is drawn when a run first starts: a device's memory belongs to it.
+    with them). ``run`` is drawn when a run first starts: a device's memory belongs to it. ``masks`` names the
+    structural masks of the network, where it has some and all devices must have the same.
     """
 
     method: str
@@ -34,9 +35,10 @@ class Plan:
     optimizer: str = "adam"
     lr: float | None = None
     run: str = ""
+    masks: str = ""
 
     @classmethod
-    def of(cls, config: RunConfig, settings: dict[str, Any], run: str = "") -> Plan:
+    def of(cls, config: RunConfig, settings: dict[str, Any], run: str = "", masks: str = "") -> Plan:
         """Plan of a run of the bundled app, from ``load_config`` and the folder's token."""
         return cls(
             config.method,
@@ -50,6 +52,7 @@ class Plan:
             config.optimizer,
             config.lr,
             run,
+            masks if config.same_masks else "",
         )
 
     def build(self, model: nn.Module, fraction: float = 1.0) -> Method[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -9,10 +11,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from .data import epoch_batches
+from .data import Dataset, epoch_batches
 from .masks import derive
 
 EVAL_BATCH = 1000
+STEPS = 1 << 20  # masks are cycled by step; a round starts at a multiple, so that devices of any size are in phase
+Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(model, x, y) -> loss of each example in nats (n,), and whether it is right (n,), None of a density."""
 
 
 def device_of(name: str) -> torch.device:
@@ -31,20 +36,27 @@ def train(
     epochs: int,
     batch_size: int,
     key: tuple[int | str, ...],
+    losses: Losses | None = None,
+    phase: int = 0,
 ) -> float:
-    """Train with cross-entropy on x (n, *in_shape), y (n,); return the mean loss in nats over all steps.
+    """Train on x (n, *in_shape), y (n,); return the mean loss in nats over all steps.
 
     ``key`` names all chance: equal keys give equal batches and equal dropout. torch's global state is left alone.
+    ``losses`` is cross-entropy unless given (`losses_of`). A model that cycles through masks is told where it is:
+    ``phase`` and the number of the step.
     """
     model.train()
-    total, steps = 0.0, 0
+    total, steps, losses = 0.0, 0, losses or classified
+    select = getattr(model, "select", None)
     with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
         torch.manual_seed(derive("torch", *key).k0)
         for epoch in range(epochs):
             for rows in epoch_batches(len(y), batch_size, (*key, epoch)):
                 index = torch.from_numpy(rows).to(y.device)
                 optimizer.zero_grad()
-                loss = cross_entropy(model(x[index]), y[index])
+                if select is not None:
+                    select(phase + steps)
+                loss = losses(model, x[index], y[index])[0].mean()
                 loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 total += loss.item()
@@ -52,18 +64,52 @@ def train(
     return total / max(steps, 1)
 
 
+def losses_of(model: nn.Module, examples: Dataset) -> Losses:
+    """How ``model`` is trained and judged on such examples.
+
+    A density model (one with ``nll``) by its negative log-likelihood over inputs that are no padding; another by
+    cross-entropy among the labels that the examples may have, so that a task is not judged by what others taught.
+    """
+    if hasattr(model, "nll"):
+        return lambda model, x, y: (model.nll(x, examples.valid), None)  # type: ignore[operator]
+    labels = examples.labels
+    if labels is None:
+        return classified
+    among = torch.tensor(labels)
+
+    def within(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        own = among.to(y.device)
+        logits = model(x)[:, own]
+        target = torch.searchsorted(own, y)
+        return cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
+
+    return within
+
+
+def classified(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropy over all classes."""
+    logits = model(x)
+    return cross_entropy(logits, y, reduction="none"), logits.argmax(1) == y
+
+
 @torch.no_grad()
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Mean cross-entropy in nats and accuracy on x (n, *in_shape), y (n,)."""
+def each(model: nn.Module, x: Tensor, y: Tensor, losses: Losses | None = None) -> tuple[Tensor, Tensor | None]:
+    """Loss of every example in nats (n,), float64, and whether it is right (n,)."""
     model.eval()
-    loss, right = 0.0, 0
-    # Even chunks: batch norm of a seeded network uses the batch, and cannot use a batch of one.
-    for rows in torch.arange(len(y), device=y.device).tensor_split(-(-len(y) // EVAL_BATCH)):
-        ys = y[rows]
-        logits = model(x[rows])
-        loss += cross_entropy(logits, ys, reduction="sum").item()
-        right += int((logits.argmax(1) == ys).sum())
-    return loss / len(y), right / len(y)
+    parts = [(losses or classified)(model, x[rows], y[rows]) for rows in chunks(len(y), y.device)]
+    found = [right for _, right in parts if right is not None]
+    return torch.cat([loss.double() for loss, _ in parts]), torch.cat(found) if found else None
+
+
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, losses: Losses | None = None) -> tuple[float, float | None]:
+    """Mean loss in nats and accuracy (None of a density) on x (n, *in_shape), y (n,)."""
+    loss, right = each(model, x, y, losses)
+    return float(loss.mean()), None if right is None else float(right.double().mean())
+
+
+def chunks(n: int, device: torch.device) -> Iterator[Tensor]:
+    """Rows in even parts: batch norm of a seeded network uses the batch, and cannot use a batch of one."""
+    yield from torch.arange(n, device=device).tensor_split(-(-n // EVAL_BATCH))
 
 
 def tensors(x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:

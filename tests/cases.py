@@ -14,6 +14,7 @@ import oracles_compressed as compressed
 import oracles_fedmask as fedmask
 import oracles_methods as oracles
 import oracles_slimming as slimming
+import weit_cases as weit
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Case:
     bpp_up: float = 1.0  # bits a parameter that the method's card promises at most, frame apart
     lr: float = 0.05
     reply: Callable[..., Any] | None = None  # (method, state, client, rng) -> payload, where not any bits will do
+    net: str = "net"  # of tiny
     visible: Callable[..., Any] | None = None  # (method, state) -> what the oracle predicts
 
     def config(self):
@@ -88,6 +90,28 @@ CASES = {
         exact=False,
         bpp_up=32.0,
         visible=slimming.visible,
+    ),
+    "fedprox": Case("fedprox", oracles.fedavg, {"mu": 0.1}, exact=False, bpp_up=32.0),
+    "fedweit": Case(
+        "fedweit", weit.mean_of_columns, exact=False, bpp_up=60.0, reply=weit.reply, visible=weit.visible
+    ),
+    "fedweit-two-tasks": Case(
+        "fedweit",
+        weit.mean_of_columns,
+        {"tasks": 2, "retroactive": "gradient", "client_sparsity": 0.0},
+        exact=False,
+        bpp_up=60.0,
+        reply=weit.reply,
+        visible=weit.visible,
+    ),
+    "confedmade": Case(
+        "confedmade",
+        weit.mean_of_columns,
+        exact=False,
+        bpp_up=40.0,
+        reply=weit.reply,
+        net="structured_net",
+        visible=weit.visible,
     ),
     "lth": Case("lth", slimming.lth, {"cycle": 2, "cycles": 2, "prune_each": 0.3}, exact=False, bpp_up=32.0),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tomllib
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,35 @@ def blobs(split, data_dir):
 def net(in_shape=(8,), num_classes=3):
     """A plain two-layer perceptron."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(in_shape), 32), nn.ReLU(), nn.Linear(32, num_classes))
+
+
+class Structured(nn.Sequential):
+    """A perceptron with weights that can never matter, as a MADE's: two of three inputs to each unit."""
+
+    def __init__(self, inputs, classes):
+        super().__init__(nn.Flatten(), nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, classes))
+        for i in (1, 3):
+            out, inside = self[i].weight.shape
+            keep = (torch.arange(out)[:, None] + torch.arange(inside)) % 3 > 0
+            self.register_buffer(f"keep{i}", keep, persistent=False)
+        self.mask_id = "structured"
+
+    def forward(self, x):
+        for i, module in enumerate(self):
+            if i in (1, 3):
+                x = nn.functional.linear(x, module.weight * self.get_buffer(f"keep{i}"), module.bias)
+            else:
+                x = module(x)
+        return x
+
+    def structure(self):
+        """Where weights matter."""
+        return {f"{i}.weight": self.get_buffer(f"keep{i}") for i in (1, 3)}
+
+
+def structured_net(in_shape=(8,), num_classes=3):
+    """One with structural masks."""
+    return Structured(math.prod(in_shape), num_classes)
 
 
 def dropout_net(in_shape=(8,), num_classes=3):
@@ -52,12 +82,14 @@ def run_config(**changes):
 
 
 def equal(a, b):
-    """Bitwise equality of two frozen dataclasses of arrays and numbers."""
-    return all(
-        np.array_equal(getattr(a, name), getattr(b, name))
-        and np.asarray(getattr(a, name)).dtype == np.asarray(getattr(b, name)).dtype
-        for name in a.__slots__
-    )
+    """Bitwise equality of two frozen dataclasses of arrays, numbers and dataclasses of these."""
+    return all(same(getattr(a, name), getattr(b, name)) for name in a.__slots__)
+
+
+def same(a, b):
+    if is_dataclass(a):
+        return equal(a, b)
+    return np.array_equal(a, b) and np.asarray(a).dtype == np.asarray(b).dtype
 
 
 def one_thread():

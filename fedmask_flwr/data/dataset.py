@@ -30,12 +30,18 @@ class Dataset:
     num_classes : int
     group : int64 array, shape (n,), or None
         Whose example it is (a user, a device), 0 or above; the partition ``group`` shares by it.
+    valid : int or None
+        Leading inputs of a (flattened) example that mean something; those after it are zero padding. None: all.
+    labels : tuple of int, or None
+        The classes that these examples may have, ascending. None: all of ``num_classes``.
     """
 
     x: NDArray[np.float32]
     y: NDArray[np.int64]
     num_classes: int
     group: NDArray[np.int64] | None = None
+    valid: int | None = None
+    labels: tuple[int, ...] | None = None
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -46,7 +52,16 @@ class Dataset:
         return len(self.y)
 
 
-def checked(x: Any, y: Any, num_classes: int | None, where: str, group: Any = None) -> Dataset:
+def checked(
+    x: Any,
+    y: Any,
+    num_classes: int | None,
+    where: str,
+    group: Any = None,
+    *,
+    valid: int | None = None,
+    labels: Sequence[int] | None = None,
+) -> Dataset:
     """Make a `Dataset` of what somebody provides.
 
     Parameters
@@ -58,6 +73,8 @@ def checked(x: Any, y: Any, num_classes: int | None, where: str, group: Any = No
     where : str
         Names the source in errors.
     group : array of integers, shape (n,), or None
+    valid : int or None
+    labels : sequence of int, or None
 
     Raises
     ------
@@ -83,7 +100,12 @@ def checked(x: Any, y: Any, num_classes: int | None, where: str, group: Any = No
     if low < 0 or high >= classes:
         raise DataError(f"{where}: labels run from {low} to {high}; expected 0 to {classes - 1}")
     whose = None if group is None else _checked_group(np.asarray(group), len(y), where)
-    return Dataset(x, np.ascontiguousarray(y, np.int64), classes, whose)
+    if valid is not None and not 1 <= valid <= x[0].size:
+        raise DataError(f"{where}: valid is {valid}; use 1 to {x[0].size}, the inputs of an example")
+    named = None if labels is None else tuple(sorted({int(c) for c in labels}))
+    if named is not None and not set(np.unique(y).tolist()) <= set(named) <= set(range(classes)):
+        raise DataError(f"{where}: labels {named} must be in [0, {classes}) and cover every y")
+    return Dataset(x, np.ascontiguousarray(y, np.int64), classes, whose, valid, named)
 
 
 def _checked_group(group: NDArray[Any], n: int, where: str) -> NDArray[np.int64]:

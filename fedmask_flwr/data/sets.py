@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import importlib
-import zipfile
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from . import binary
 from .dataset import DataError, Dataset, Split, checked, keyed_rng
 from .files import cache_dir, download, need, read_mnist
 
-__all__ = ["NAMES", "load"]
+__all__ = ["NAMES", "known", "load", "unknown"]
 
 _DIGITS_TRAIN = 1400
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def load(name: str, split: Split, data_dir: str = "") -> Dataset:
     """Load one split of a data set; every caller in this process shares the arrays, so do not write to them.
 
     Parameters
     ----------
     name : str
-        One of `NAMES`, or ``"package.module:function"``, called as ``function(split=..., data_dir=...)`` to
-        return a `Dataset` or a pair ``(x, y)``; x is float, or uint8, which is scaled by 1/255.
+        One of `NAMES`, ``"debd/NAME"`` (see `binary_splits`), or ``"package.module:function"``, called as
+        ``function(split=..., data_dir=...)`` to return a `Dataset` or a pair ``(x, y)``; x is float, or uint8,
+        which is scaled by 1/255.
     split : "train" or "test"
     data_dir : str
         Folder that holds the files, or will after a download. Empty: the user's cache folder.
@@ -40,9 +41,23 @@ def load(name: str, split: Split, data_dir: str = "") -> Dataset:
         raise DataError(f"split is {split!r}; use 'train' or 'test'")
     if name in _LOADERS:
         return _LOADERS[name](split, data_dir)
+    if name.startswith(binary.PREFIX):
+        return binary.load_binary(name, split, data_dir)
     if ":" in name:
         return _load_own(name, split, data_dir)
-    raise DataError(f"unknown data set {name!r}; use one of {', '.join(NAMES)}, or 'package.module:function'")
+    raise DataError(unknown(name))
+
+
+def known(name: str) -> bool:
+    """Whether `load` would look for a set of that name; says nothing of its files."""
+    if name.startswith(binary.PREFIX):
+        return binary.is_binary(name)
+    return name in _LOADERS or ":" in name
+
+
+def unknown(name: str) -> str:
+    """Say which names there are instead."""
+    return f"unknown data set {name!r}; use one of {', '.join(NAMES)}, debd/NAME, or 'package.module:function'"
 
 
 def _load_own(name: str, split: Split, data_dir: str) -> Dataset:
@@ -55,7 +70,7 @@ def _load_own(name: str, split: Split, data_dir: str) -> Dataset:
         ) from error
     got = make(split=split, data_dir=data_dir)
     if isinstance(got, Dataset):
-        return checked(got.x, got.y, got.num_classes, name, got.group)
+        return checked(got.x, got.y, got.num_classes, name, got.group, valid=got.valid, labels=got.labels)
     if isinstance(got, tuple) and len(got) == 2:
         return checked(got[0], got[1], None, name)
     raise DataError(f"{name} returned {type(got).__name__}; return a fedmask_flwr.data.Dataset or a pair (x, y)")
@@ -71,7 +86,7 @@ def _load_npz(split: Split, data_dir: str) -> Dataset:
             arrays = {name: z[name] for name in ("x", "y", "num_classes", "group") if name in z.files}
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; --data-dir must hold {split}.npz with arrays x and y") from None
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile) as error:
+    except binary.BAD_NPZ as error:
         raise DataError(f"{path} is not an .npz file of plain arrays: {error}") from error
     missing = {"x", "y"} - set(arrays)
     if missing:

@@ -14,12 +14,14 @@ from torch import nn
 from fedmask_flwr import data
 from fedmask_flwr.config import ConfigError, load_config, patterns
 from fedmask_flwr.plan import AS_BUILT
+from fedmask_flwr.setting import network, scenario_of, settled, shape
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.train import device_of, evaluate, tensors
+from fedmask_flwr.train import Losses, device_of, evaluate, losses_of, tensors
 
 from .client import MaskTurn
-from .device import Device, build
-from .strategy import MaskStrategy
+from .continual import met
+from .device import Device
+from .strategy import EvaluateFn, MaskStrategy
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -43,9 +45,9 @@ def run_folder(context: Context) -> Path:
 def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
     """Run one federation into ``folder``, as ``serve`` does; ``flat`` is its run config."""
     config, settings = load_config(flat)
-    test = data.load(config.data, "test", config.data_dir)
+    scenario = scenario_of(config)
     device = device_of(config.device)
-    model = build(config, test).to(device)
+    model = network(config, *shape(config)).to(device)
     run_dir = RunDir(folder, flat)
     try:
         strategy = MaskStrategy(
@@ -59,22 +61,35 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             lr=config.lr,
             seed=config.seed,
             fraction_train=config.fraction_train,
-            fraction_evaluate=config.fraction_evaluate,
+            fraction_evaluate=config.fraction_evaluate or float(scenario is not None),
             evaluate_every=config.evaluate_every,
             min_nodes=config.min_nodes,
             clients=config.clients,
+            same_masks=config.same_masks,
             node_timeout=config.node_timeout,
             run_dir=run_dir,
-            **settings,
+            **settled(config, settings),
         )
-        x, y = tensors(test.x, test.y, device)
-
-        def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-            return MetricRecord(dict(evaluate_modes(strategy, model, arrays, x, y, config.eval_samples)))
-
+        measure = None  # in a scenario every client has tests of its own
+        if scenario is None:
+            test = data.load(config.data, "test", config.data_dir)
+            measure = measuring(strategy, model, test, device, config.eval_samples)
         strategy.start(grid, num_rounds=config.num_server_rounds, timeout=config.round_timeout, evaluate_fn=measure)
     finally:
         run_dir.close()
+
+
+def measuring(
+    strategy: MaskStrategy, model: nn.Module, test: data.Dataset, device: torch.device, samples: int
+) -> EvaluateFn:
+    """How the server evaluates what it broadcasts on the test data."""
+    x, y = tensors(test.x, test.y, device)
+    losses = losses_of(model, test)
+
+    def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        return MetricRecord(dict(evaluate_modes(strategy, model, arrays, x, y, samples, losses)))
+
+    return measure
 
 
 def evaluate_modes(
@@ -84,30 +99,37 @@ def evaluate_modes(
     x: torch.Tensor,
     y: torch.Tensor,
     samples: int,
+    losses: Losses | None = None,
 ) -> dict[str, float]:
     """Accuracy in every mode ("sampled" is the mean of ``samples`` networks), and the thresholded one's loss.
 
-    A method with one network has the same accuracy in all modes.
+    A method with one network has the same accuracy in all modes; a density model has none.
     """
     modes = strategy.method.modes
     if not modes:  # nothing on the server to evaluate
         return {}
-    measured = {}
+    loss: dict[str, float] = {}
+    accuracy: dict[str, float] = {}
     for mode in modes:
         draws = range(samples if mode == "sampled" else 1)
-        pairs = [evaluate(strategy.load(model, arrays, mode, draw), x, y) for draw in draws]
-        measured[mode] = tuple(sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-    line = {
-        f"accuracy_{mode}": measured.get(mode, measured[modes[0]])[1]
-        for mode in ("sampled", "threshold", "expected")
-    }
-    return {**line, "loss": measured.get("threshold", measured[modes[0]])[0]}
+        pairs = [evaluate(strategy.load(model, arrays, mode, draw), x, y, losses) for draw in draws]
+        loss[mode] = sum(value for value, _ in pairs) / len(pairs)
+        if judged := [right for _, right in pairs if right is not None]:
+            accuracy[mode] = sum(judged) / len(judged)
+    line = {"loss": loss.get("threshold", loss[modes[0]])}
+    if accuracy:
+        for mode in ("sampled", "threshold", "expected"):
+            line[f"accuracy_{mode}"] = accuracy.get(mode, accuracy[modes[0]])
+    return line
 
 
 def train_turn(msg: Message, context: Context) -> Message:
     """A client's "train": its own data, the standard loop, one frame back."""
     device = Device(msg, context)
     turn = MaskTurn(msg, context, device.model)
+    if device.scenario is not None and device.config.task_identity == "found":
+        turn.load()
+        turn.observe(device.losses("train")[0])
     loss = device.train(turn.optimizer(), turn.turn, device.config.local_epochs)
     return turn.reply(len(device.examples("train")), {"train_loss": loss})
 
@@ -116,9 +138,13 @@ def evaluate_turn(msg: Message, context: Context) -> Message:
     """A client's "evaluate": its network on its own test data, fine-tuned first where the run says so."""
     device = Device(msg, context)
     turn = MaskTurn(msg, context, device.model)
-    model = turn.load("threshold")
+    examples = len(device.examples("test"))
+    if device.scenario is not None:
+        return turn.report(examples, met(device, turn))
+    turn.load("threshold")
     epochs = device.config.adapt_epochs
     if epochs := turn.method.adapt_epochs if epochs < 0 else epochs:
         device.train(turn.adapt(), turn.turn, epochs, "adapt")
-    loss, accuracy = evaluate(model, *device.tensors("test"))
-    return turn.report(len(device.examples("test")), {"loss": loss, "accuracy": accuracy})
+    losses, right = device.losses("test")
+    judged = {} if right is None else {"accuracy": float(right.double().mean())}
+    return turn.report(examples, {"loss": float(losses.mean()), **judged})

@@ -6,18 +6,19 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.memory import DeviceMemory, default_folder
 from fedmask_flwr.methods import Turn, View
 from fedmask_flwr.plan import AS_BUILT
-from fedmask_flwr.wire import pack
+from fedmask_flwr.setting import structure_id
+from fedmask_flwr.wire import WireError, pack
 
-from .records import ARRAYS, METRICS, frame_of, frame_record, read_broadcast, read_plan
+from .records import ARRAYS, CONFIG, MASKS, METRICS, frame_of, frame_record, read_broadcast, read_plan
 
 ERROR, RAISED = 40, 2  # logging.ERROR; Flower's code for "the ClientApp raised an exception"
 Handler = Callable[[Message, Context], Message]
@@ -45,7 +46,14 @@ class MaskTurn:
         if self.plan.weights != AS_BUILT:
             initialise(model, self.plan.weights)
         self.method = self.plan.build(model)
-        self.turn = Turn(self.plan.seed, server_round, self.plan.rounds, client_number(context))
+        private = bool(context.node_config.get("private", False))
+        self.turn = Turn(self.plan.seed, server_round, self.plan.rounds, client_number(context), private)
+        self.masks = structure_id(model)
+        if self.plan.masks and self.masks != self.plan.masks:
+            raise WireError(
+                f"this device's network has structural masks {self.masks or '(none)'}, the server's "
+                f"{self.plan.masks}: build the model with the same arguments and mask seed on both ends"
+            )
         self._digest = model_digest(self.method.spec, model)
         self._disk = DeviceMemory(memory_folder(context), self.plan.identity(self._digest), self.turn.client)
         # What a round's evaluation may know, its training does not yet: a repeated round must repeat.
@@ -63,8 +71,23 @@ class MaskTurn:
         self._optimizer = self.method.begin(self._got, self._model, training, self.turn, self._memory)
         return self._optimizer
 
+    @property
+    def tasks(self) -> tuple[int, ...]:
+        """Tasks for which this device has a network of its own, ascending; (): it has one for all."""
+        return self.method.tasks(self._memory)
+
+    def observe(self, losses: Tensor) -> bool:
+        """Tell the method the loaded network's losses on what it is to be trained on, (n,) nats.
+
+        Before ``optimizer``. Returns whether that is another task than before, which then begins.
+        """
+        return self.method.observe(losses.double().cpu().numpy(), self.turn, self._memory)
+
     def load(self, mode: Mode = "threshold", task: int | None = None) -> nn.Module:
-        """Write this device's network into the model, for evaluation: its own, where the method is personal."""
+        """Write this device's network into the model, for evaluation: its own, where the method is personal.
+
+        ``task`` is one of ``tasks``; None: the latest.
+        """
         if self.method.modes and mode not in self.method.modes:
             mode = self.method.modes[0]
         key = derive(self.turn.seed, "evaluate", self.turn.round, self.turn.client)
@@ -110,6 +133,8 @@ class MaskTurn:
 
     def _answer(self, content: RecordDict, examples: int, metrics: Mapping[str, float] | None) -> Message:
         values = {name: float(value) for name, value in (metrics or {}).items()}
+        if self.masks:
+            content[CONFIG] = ConfigRecord({MASKS: self.masks})
         content[METRICS] = MetricRecord({**values, "num-examples": int(examples), "client": self.turn.client})
         return Message(content, reply_to=self._msg)
 

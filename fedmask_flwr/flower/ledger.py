@@ -13,7 +13,7 @@ from flwr.common.logger import log
 from fedmask_flwr.methods import Method, Turn, Update
 from fedmask_flwr.wire import BitCodec, Payload, WireError
 
-from .records import ARRAYS, METRICS, flower_bytes, frame_of, read_reply
+from .records import ARRAYS, CONFIG, MASKS, METRICS, flower_bytes, frame_of, read_reply
 
 WARNING = 30
 
@@ -102,18 +102,20 @@ def read_updates(
     digest: bytes,
     turn: Turn,
     ledger: Ledger,
+    masks: str = "",
 ) -> Iterator[Update]:
     """Decode replies one at a time, in the order of their client numbers, so that a run repeats exactly.
 
     ``state`` is the state that was broadcast, ``told(client)`` what that client was told of it, ``clients`` the
     numbers of the nodes that were asked for theirs. ``turn`` carries the round's seed; its client is replaced by
-    each reply's. An error reply, an unreadable frame, a second answer and metrics of a wrong type are logged and
-    counted as failures, never raised.
+    each reply's. ``masks`` names the structural masks that every client must have. An error reply, an unreadable
+    frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised.
     """
     by_client: dict[int, list[Message]] = {}
     for node, reply in answers(replies, sent):
         ledger.receive(reply)
         try:
+            same_masks(reply, masks)
             client = integer(reply, "client")
             if clients.get(node, client) != client:
                 raise WireError(f"it answers as client {client}, but said it was client {clients[node]}")
@@ -144,6 +146,23 @@ def _read(
     ledger.accepted += len(frame)
     ledger.metrics.append((float(examples), reported(reply)))
     return update
+
+
+def same_masks(reply: Message, masks: str) -> None:
+    """Refuse a reply of a client whose network has other structural masks than ``masks`` ("": any).
+
+    Raises
+    ------
+    WireError
+        With both names.
+    """
+    record = reply.content.config_records.get(CONFIG)
+    its = "" if record is None else str(record.get(MASKS, ""))
+    if masks and its != masks:
+        raise WireError(
+            f"the client trained with structural masks {its[:64] or '(none)'}, the server has {masks}: build the "
+            "model with the same arguments and mask seed on both ends"
+        )
 
 
 def integer(reply: Message, name: str) -> int:

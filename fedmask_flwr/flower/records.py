@@ -14,7 +14,7 @@ from fedmask_flwr.plan import Plan
 from fedmask_flwr.wire import Frame, Payload, Received, WireError, unpack
 
 STYPE = "fedmask.frame/1"  # no numpy reader understands it, so nothing decodes a frame by mistake
-FRAME, ARRAYS, CONFIG, METRICS = "frame", "arrays", "config", "metrics"
+FRAME, ARRAYS, CONFIG, METRICS, MASKS = "frame", "arrays", "config", "metrics", "masks"
 
 
 def plan_record(plan: Plan, server_round: int, frame: bytes, numel: int) -> RecordDict:

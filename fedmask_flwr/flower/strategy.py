@@ -19,10 +19,11 @@ from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Known, Turn, View, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
+from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
 
-from .ledger import Ledger, answers, integer, measured, read_updates, spread, weighted_means
+from .ledger import Ledger, answers, integer, measured, read_updates, same_masks, spread, weighted_means
 from .records import frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
@@ -55,6 +56,8 @@ class MaskStrategy(Strategy):
         Nodes to wait for, and how many seconds.
     clients
         Nodes to wait for before the first round, when more than ``min_nodes``.
+    same_masks
+        Whether clients whose network has other structural masks (of a MADE) than this one's are refused.
     run_dir
         Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
     **settings
@@ -83,6 +86,7 @@ class MaskStrategy(Strategy):
         evaluate_every: int = 1,
         min_nodes: int = 2,
         clients: int = 0,
+        same_masks: bool = True,
         node_timeout: float = 600.0,
         run_dir: RunDir | None = None,
         **settings: Any,
@@ -90,7 +94,8 @@ class MaskStrategy(Strategy):
         resolve(method).Config(**settings)
         source = f"seed:{seed}" if weights is None else weights
         run = secrets.token_hex(8) if run_dir is None else run_dir.token()
-        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run)
+        masks = structure_id(model) if same_masks else ""
+        self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run, masks)
         self.plan.training()
         named = CODECS.get(codec.partition("+")[0])
         if resolve(method).exact and named is not None and not named.lossless:
@@ -156,6 +161,7 @@ class MaskStrategy(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> list[Message]:
         """One message a sampled node, each with records of its own."""
+        self.state = self.method.advance(self.state, self._turn(server_round))
         self._sent = self._messages(grid, "train", self.fraction_train, server_round, config)
         self.ledger = Ledger(silent=self._silent)
         self.ledger.send(self._sent)
@@ -173,8 +179,9 @@ class MaskStrategy(Strategy):
             told=self._told(),
             clients=self.roster.told,
             digest=self.digest,
-            turn=Turn(self.plan.seed, server_round, self.plan.rounds, 0),
+            turn=self._turn(server_round),
             ledger=self.ledger,
+            masks=self.plan.masks,
         )
         self.state = self.method.aggregate(self.state, updates)
         metrics = MetricRecord({**weighted_means(self.ledger.metrics), **self.ledger.line(self.method.numel)})
@@ -197,6 +204,7 @@ class MaskStrategy(Strategy):
         for node, reply in answers(list(replies), self._asked):
             self.ledger.receive(reply)
             try:
+                same_masks(reply, self.plan.masks)
                 metrics.append((float(integer(reply, "num-examples")), measured(reply)))
             except WireError as error:
                 log(ERROR, "evaluation of node %d dropped: %s", node, error)
@@ -250,6 +258,7 @@ class MaskStrategy(Strategy):
             if evaluate_fn and (measured := evaluate_fn(current, arrays)) is not None:
                 result.evaluate_metrics_serverapp[current] = measured
                 line |= dict(measured)
+            line |= self.method.figures(self.state)
             line["seconds"] = round(time.monotonic() - began, 3)
             self._complete(line)
         if self.run_dir is not None:
@@ -267,6 +276,9 @@ class MaskStrategy(Strategy):
     def _arrays(self, server_round: int) -> ArrayRecord:
         frame = self._pack(self.method.broadcast(self.state), server_round, self.method.heard({}))
         return frame_record(frame, self.method.numel)
+
+    def _turn(self, server_round: int) -> Turn:
+        return Turn(self.plan.seed, server_round, self.plan.rounds, 0)
 
     def _told(self) -> Callable[[int], Payload]:
         """What each client was, or will be, broadcast in this round."""
@@ -288,7 +300,8 @@ class MaskStrategy(Strategy):
                     f"method {self.plan.method} tells each client its own, but no node told its number: register "
                     "fedmask_flwr.flower.identify as the ClientApp's query handler"
                 )
-        told, frame, messages = self._told(), b"", []
+        told = partial(self.method.inquire, self.state) if kind == "evaluate" else self._told()
+        frame, messages = b"", []
         for node in nodes:
             if self.method.personal or not frame:
                 client = self.roster.told.get(node, node)

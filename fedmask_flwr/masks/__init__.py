@@ -37,6 +37,12 @@ from .solvers import MaskAdam as MaskAdam
 from .solvers import MaskSGD as MaskSGD
 from .spec import Granularity as Granularity
 from .spec import MaskSpec as MaskSpec
+from .structure import Parts as Parts
+from .structure import Structure as Structure
+from .structure import compose as compose
+from .weit import Retroactive as Retroactive
+from .weit import WeitOptimizer as WeitOptimizer
+from .weit import settle as settle
 
 __all__ = [
     "Backbone",
@@ -50,9 +56,14 @@ __all__ = [
     "MaskSGD",
     "MaskSpec",
     "Mode",
+    "Parts",
+    "Retroactive",
     "Segment",
     "Ste",
+    "Structure",
+    "WeitOptimizer",
     "bernoulli",
+    "compose",
     "count_macs",
     "count_parameters",
     "couple",
@@ -67,6 +78,7 @@ __all__ = [
     "model_digest",
     "permutation",
     "scatter",
+    "settle",
     "slim_",
     "slim_numel",
     "thresholds",

@@ -32,9 +32,9 @@ Option = int | str | float | tuple[Any, ...]
 _ARCH = re.compile(r"torchvision:(?P<name>\w+)|(?P<module>[A-Za-z_][\w.]*):(?P<builder>[A-Za-z_]\w*)")
 _SEED = re.compile(r"seed:(?P<seed>-?\d{1,20})(?::(?P<scale>\w+))?")
 _FILE = re.compile(r"file:(?P<path>.+)#sha256=(?P<sha>[0-9a-fA-F]{64})")
-_SCALES = {"signed_e": math.e, "kaiming_keep": 2.0}
+_SCALES = {"signed_e": math.e, "kaiming_keep": 2.0, "glorot": math.sqrt(6.0)}
 _GRAMMAR = (
-    "a source is 'seed:<int>', 'seed:<int>:signed_e', 'seed:<int>:kaiming_keep', "
+    "a source is 'seed:<int>', 'seed:<int>:signed_e', 'seed:<int>:kaiming_keep', 'seed:<int>:glorot', "
     "'file:<path>#sha256=<64 hex digits>', or 'torchvision:DEFAULT' (for a torchvision arch)"
 )
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -52,7 +52,8 @@ class Backbone:
     source
         ``"seed:<int>[:<scale>]"``: each weight is -c or +c. ``signed_e`` (default): c = e/sqrt(fan_in),
         FedPM's; ``kaiming_keep``: c = 2/sqrt(fan_in), Kaiming's when half of the weights are kept.
-        fan_in is prod(shape[1:]), and 1 for an embedding. The signs are the same on every machine.
+        fan_in is prod(shape[1:]), and 1 for an embedding. ``glorot``, for weights that are trained: uniform
+        between -c and +c, c = sqrt(6/(fan_in + fan_out)). All are the same on every machine.
         ``"file:<path>#sha256=<hex>"``: safetensors, or a .pt/.pth/.th state dict.
         ``"torchvision:DEFAULT"``: torchvision's pretrained weights; with another `num_classes` than
         theirs, the parameters that no longer fit (the head) are those of ``seed:0``.
@@ -136,7 +137,7 @@ class Backbone:
         have, want = trained.state_dict(), model.state_dict()
         if all(have[name].shape == t.shape for name, t in want.items()):
             return trained
-        _sow(model, 0, _SCALES["signed_e"])
+        _sow(model, 0, "signed_e")
         same = {name: t for name, t in have.items() if name in want and t.shape == want[name].shape}
         model.load_state_dict(same, strict=False)
         return model
@@ -155,7 +156,7 @@ def initialise(model: nn.Module, source: str) -> None:
     if seed := _SEED.fullmatch(source):
         if (seed["scale"] or "signed_e") not in _SCALES:
             raise ValueError(f"unknown scale in source {source!r}: {_GRAMMAR}")
-        _sow(model, int(seed["seed"]), _SCALES[seed["scale"] or "signed_e"])
+        _sow(model, int(seed["seed"]), seed["scale"] or "signed_e")
         _drop_statistics(model)
     elif match := _FILE.fullmatch(source):
         state = _read(Path(match["path"]), match["sha"].lower())
@@ -167,8 +168,9 @@ def initialise(model: nn.Module, source: str) -> None:
         raise ValueError(f"malformed source {source!r}: {_GRAMMAR}")
 
 
-def _sow(model: nn.Module, seed: int, gain: float) -> None:
-    """Set every parameter from the seed, in place: signed constants, ones and zeros."""
+def _sow(model: nn.Module, seed: int, scale: str) -> None:
+    """Set every parameter from the seed, in place: signed constants or uniform values, ones and zeros."""
+    gain = _SCALES[scale]
     names = {id(p): name for name, p in named_parameters(model)}
     with torch.no_grad():
         for module in model.modules():
@@ -181,6 +183,11 @@ def _sow(model: nn.Module, seed: int, gain: float) -> None:
                     p.fill_(1.0 if is_norm and leaf == "weight" else 0.0)
                     continue
                 fan_in = 1 if isinstance(module, nn.Embedding | nn.EmbeddingBag) else math.prod(p.shape[1:])
+                if scale == "glorot":
+                    bound = gain / math.sqrt(fan_in + p.numel() // p.shape[1])
+                    uniform = words(derive(seed, "backbone", name), p.numel()).astype(np.float64) / 2.0**31
+                    p.copy_(torch.from_numpy((uniform * bound).astype(np.float32)).view(p.shape))
+                    continue
                 c = np.float32(gain / math.sqrt(fan_in))
                 signs = words(derive(seed, "backbone", name), p.numel()) < 0
                 p.copy_(torch.from_numpy(np.where(signs, -c, c)).view(p.shape))

@@ -21,12 +21,15 @@ from .base import View as View
 # Lazy: a missing optional dependency breaks only the method that needs it.
 BUILTIN = {
     "bnn-fedavg": "fedmask_flwr.methods.bnn_fedavg:BnnFedAvg",
+    "confedmade": "fedmask_flwr.methods.confedmade:ConfedMADE",
     "deltamask": "fedmask_flwr.methods.deltamask:DeltaMask",
     "eden": "fedmask_flwr.methods.eden:Eden",
     "fedavg": "fedmask_flwr.methods.fedavg:FedAvg",
     "fedcode": "fedmask_flwr.methods.fedcode:FedCode",
     "fedmask": "fedmask_flwr.methods.fedmask:FedMask",
     "fedpm": "fedmask_flwr.methods.fedpm:FedPM",
+    "fedprox": "fedmask_flwr.methods.fedprox:FedProx",
+    "fedweit": "fedmask_flwr.methods.fedweit:FedWeIT",
     "finetune": "fedmask_flwr.methods.finetune:FineTune",
     "lg-fedavg": "fedmask_flwr.methods.lg_fedavg:LgFedAvg",
     "linear-probe": "fedmask_flwr.methods.linear_probe:LinearProbe",

@@ -16,7 +16,7 @@ from fedmask_flwr import data, track
 from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns, scalar
 from fedmask_flwr.memory import forget
 from fedmask_flwr.methods import Method, resolve
-from fedmask_flwr.models import backbone
+from fedmask_flwr.setting import network, scenario_of, settled, shape
 from fedmask_flwr.share import share
 from fedmask_flwr.show import RoundTable, summary
 from fedmask_flwr.simulation import stage
@@ -112,6 +112,8 @@ def options(
     for key in ("data-dir", "memory-dir"):
         if isinstance(where := overrides.get(key), str) and where:
             overrides[key] = str(Path(where).expanduser().absolute())
+    if str(table := overrides.get("scenario", "")).endswith(".toml"):
+        overrides["scenario"] = str(Path(str(table)).expanduser().absolute())
     overrides["clients"] = clients
     overrides["memory-dir"] = overrides.get("memory-dir") or str(out / MEMORY)
     return overrides
@@ -139,6 +141,15 @@ def check_clients(config: RunConfig, clients: int) -> None:
         raise UsageError(
             f"{clients} clients are fewer than min-nodes = {config.min_nodes}; add -c min-nodes={clients}"
         )
+    if (scenario := scenario_of(config)) is not None:
+        if clients != scenario.clients:
+            raise UsageError(
+                f"scenario {scenario.name} is of {scenario.clients} clients: use --clients {scenario.clients}"
+            )
+        for client in range(clients):
+            for task in range(scenario.tasks):
+                data.cell_data(scenario, client, task, "train", config.data_dir, config.seed)
+        return
     if ":" in config.data:  # your own functions run where the clients do
         return
     train = data.load(config.data, "train", config.data_dir)
@@ -165,12 +176,11 @@ def check_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
     method = resolve(config.method)
     if config.adapt_epochs > 0 and method.adapt is Method.adapt:
         raise UsageError(f"{config.method} does not adapt before it evaluates: leave adapt-epochs at -1, or set 0")
-    if ":" in config.data:
+    if ":" in config.data and not config.scenario:
         return
-    rows = data.load(config.data, "train", config.data_dir)
-    model = backbone(config.model, config.weights_source, rows.in_shape, rows.num_classes).build()
+    model = network(config, *shape(config))
     spec = method.layout(model, patterns(config.include), patterns(config.exclude))
-    method(spec, model, method.Config(**settings), fraction=config.fraction_train)
+    method(spec, model, method.Config(**settled(config, settings)), fraction=config.fraction_train)
 
 
 def _check_folder(out: Path, told: Mapping[str, Any], *, overwrite: bool) -> int:
@@ -229,7 +239,7 @@ def launch(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpus: f
         The run failed; the message is Flower's reason and the end of its log.
     """
     c = plan.config
-    what = f"{c.method} on {c.data}, {c.model}, weights {c.weights}"
+    what = f"{c.method} on {c.scenario or c.data}, {c.model}, weights {c.weights}"
     say(console, f"{what}: {num_clients} clients, {c.num_server_rounds} rounds")
     say(console, f"Flower {version('flwr')} simulation; folder {plan.out}", "dim")
     if plan.after:

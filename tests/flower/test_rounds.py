@@ -26,9 +26,8 @@ pytestmark = pytest.mark.flower
 
 @every_case
 def test_two_clients_learn(case, tmp_path):
-    lines, _ = run(
-        tmp_path / "run", 2, method=case.method, num_server_rounds=12, learning_rate=case.lr, **case.settings
-    )
+    kw = {"method": case.method, "model": f"tiny:{case.net}", **case.settings}
+    lines, _ = run(tmp_path / "run", 2, num_server_rounds=12, learning_rate=case.lr, **kw)
     assert [line["round"] for line in lines] == list(range(1, 13))
     here = "accuracy_threshold" if resolve(case.method).modes else "client_accuracy_mean"
     assert lines[-1][here] > case.accuracy
@@ -40,7 +39,7 @@ def test_two_clients_learn(case, tmp_path):
 @every_case
 def test_a_killed_run_resumes_bit_for_bit(case, tmp_path):
     """2 rounds, a kill, 3 rounds by a new server and new node ids: the same files as 5 rounds in one go."""
-    kw = {"method": case.method, **case.settings}
+    kw = {"method": case.method, "model": f"tiny:{case.net}", **case.settings}
     whole, _ = run(tmp_path / "whole", **kw)
     run(tmp_path / "cut", stop_after=2, **kw)
     assert len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) == 2
@@ -55,7 +54,7 @@ def test_a_killed_run_resumes_bit_for_bit(case, tmp_path):
 @every_case
 def test_partial_participation_resumes_bit_for_bit(case, tmp_path):
     """The sampled clients depend on the seed and the round, not on node ids."""
-    kw = {"method": case.method, "fraction_train": 0.4, "clients": 5, **case.settings}
+    kw = {"method": case.method, "model": f"tiny:{case.net}", "fraction_train": 0.4, "clients": 5, **case.settings}
     run(tmp_path / "whole", **kw)
     run(tmp_path / "cut", stop_after=3, **kw)
     run(tmp_path / "cut", first_node=9000, **kw)
@@ -72,7 +71,8 @@ def test_reported_bytes_are_the_frames_bytes(case, tmp_path):
             seen.append((frame_of(message), frame_of(reply)))
         return reply
 
-    lines, grid = run(tmp_path / "run", 3, tamper, method=case.method, num_server_rounds=2, **case.settings)
+    kw = {"method": case.method, "model": f"tiny:{case.net}", **case.settings}
+    lines, grid = run(tmp_path / "run", 3, tamper, num_server_rounds=2, **kw)
     for number, line in enumerate(lines):
         pairs = seen[3 * number : 3 * number + 3]
         down, up = (sum(len(p[i]) for p in pairs) for i in (0, 1))
