@@ -20,7 +20,7 @@ from .sketches import Floats, Packed, centred, densify, sketch
 Ids = NDArray[np.int64]
 Rows = NDArray[np.uint64]
 CLIENTS, TASKS, CLOCKS = 2**64, 2**20, 2**31
-LARGEST = 1e30  # of a value: sketches of up to 3e8 such stay finite
+LARGEST = 1e30  # of what replies hold: the sketch of 3e8 such values is finite
 
 
 class Attention(NamedTuple):
@@ -40,7 +40,8 @@ class KnowledgeBase:
     """N entries, each a vector (numel,) of which only the non-zeros are kept; begin with ``empty``.
 
     Ids ascend and are never used again. What is replaced or merged gets a new id, so an id is also a version, and
-    its values and owners never change. Clients are < 2^64, tasks < 2^20, clocks (rounds) < 2^31.
+    its values and owners never change. Clients are < 2^64, tasks < 2^20, clocks (rounds) < 2^31. While it changes,
+    the old and the new value are held at once.
     """
 
     numel: int
@@ -116,7 +117,7 @@ class KnowledgeBase:
         return self.extend([(client, task, where, values)], clock)
 
     def extend(self, items: Iterable[tuple[int, int, Packed, NDArray[Any]]], clock: int) -> KnowledgeBase:
-        """``add`` of each (client, task, where, values) in turn, but all values held are copied once, not each time.
+        """``add`` of each (client, task, where, values) in turn, but what is held is copied once, not each time.
 
         One bad item is a ValueError for all: ``densify`` tells beforehand what is wrong with bits and values.
         """
@@ -125,11 +126,7 @@ class KnowledgeBase:
         received = dict.fromkeys(map(tuple, self.received.tolist()))
         for client, task, where, values in items:
             owner = (_within("client", client, CLIENTS), _within("task", task, TASKS))
-            if values.ndim != 1 or values.dtype.kind != "f" or not (np.abs(values) <= LARGEST).all():
-                raise ValueError(
-                    f"need a vector of finite floats up to {LARGEST:g}, got {values.dtype} {values.shape}"
-                )
-            kept = values.astype(np.float32)
+            kept = _finite("a value for each bit", values, (values.size,))
             dense = densify(where, kept, self.numel)
             received[owner] = None
             at = next((k for k, e in enumerate(entries) if e.owners == (owner,)), None)
@@ -137,15 +134,12 @@ class KnowledgeBase:
                 if np.array_equal(entries[at].where, where) and np.array_equal(entries[at].values, kept):
                     continue
                 del entries[at]
-            entries.append(
-                Entry(next_id, where.copy(), kept, sketch(dense, self._size, self.seed), clock, (owner,))
-            )
+            drawn = sketch(dense, self._size, self.seed)
+            entries.append(Entry(next_id, where.copy(), kept, drawn, clock, (owner,)))
             next_id += 1
         if next_id == self.next_id:
             return self
-        rows = np.array(list(received), np.uint64)
-        same = len(rows) == len(self.received)
-        return replace(self._with(entries, next_id), received=self.received if same else rows)
+        return replace(self._with(entries, next_id), received=np.array(list(received), np.uint64))
 
     def attend(self, client: int, task: int, ids: Ids, alpha: NDArray[Any], clock: int) -> KnowledgeBase:
         """With what (client, task) made of entries: ids (K,), alpha (K, kinds). Replaces its older report of each.
@@ -161,10 +155,7 @@ class KnowledgeBase:
         clock = _within("clock", clock, CLOCKS)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or np.unique(ids).size != ids.size:
             raise ValueError(f"need a vector of different entry ids, got {ids.dtype} {ids.shape}")
-        if alpha.shape != (ids.size, self.kinds) or not (
-            alpha.dtype.kind == "f" and (np.abs(alpha) <= LARGEST).all()
-        ):
-            raise ValueError(f"need finite attention ({ids.size}, {self.kinds}), got {alpha.dtype} {alpha.shape}")
+        alpha = _finite("attention", alpha, (ids.size, self.kinds))
         rank = {int(entry): k for k, entry in enumerate(ids)}
         known = set(self.candidates(client).tolist())
         heard = [(rank[row[0]], row) for row in self.owners.tolist() if row[0] in rank and row[0] in known]
@@ -172,10 +163,8 @@ class KnowledgeBase:
             return self
         new = np.array([(client, task, *row, clock) for _, row in heard], np.uint64)
         same = (self.seen[:, 0] == client) & (self.seen[:, 1] == task) & np.isin(self.seen[:, 2], new[:, 2])
-        took = alpha[[k for k, _ in heard]].astype(np.float32)
-        return replace(
-            self, seen=np.concatenate([self.seen[~same], new]), alpha=np.concatenate([self.alpha[~same], took])
-        )
+        took = np.concatenate([self.alpha[~same], alpha[[k for k, _ in heard]]])
+        return replace(self, seen=np.concatenate([self.seen[~same], new]), alpha=took)
 
     def fit(
         self, budget: int, clock: int, *, window: int = 100, negligible: float = 0.02, similar: float = 0.9
@@ -231,13 +220,11 @@ class KnowledgeBase:
         ValueError
             When ``sketch`` has another shape or is not finite.
         """
-        fits = sketch.shape == (self._size,) and sketch.dtype.kind == "f"
-        if not fits or not (np.abs(sketch) <= np.finfo(np.float32).max).all():
-            raise ValueError(f"need a finite sketch ({self._size},), got {sketch.dtype} {sketch.shape}")
+        own = _finite("a sketch", sketch, (self._size,))[None]
         ids = self.candidates(client)
         rows = self.sketches[np.isin(self.ids, ids)].astype(np.float64)
         mean = rows.mean(axis=0) if len(rows) > 1 else None
-        likeness = (centred(rows, mean) * centred(sketch[None], mean)).sum(axis=1)
+        likeness = (centred(rows, mean) * centred(own, mean)).sum(axis=1)
         return ids[np.lexsort([ids, -likeness])[: max(k, 0)]]
 
     def entry(self, id: int) -> tuple[Packed, Floats]:  # noqa: A002
@@ -304,3 +291,10 @@ def _within(name: str, value: int, limit: int) -> int:
     if not 0 <= index(value) < limit:
         raise ValueError(f"{name} {value} is not in [0, {limit})")
     return index(value)
+
+
+def _finite(name: str, array: NDArray[Any], shape: tuple[int, ...]) -> Floats:
+    """A copy as float32."""
+    if array.shape != shape or array.dtype.kind != "f" or not (np.abs(array) <= LARGEST).all():
+        raise ValueError(f"{name}: need finite floats {shape} up to {LARGEST:g}, got {array.dtype} {array.shape}")
+    return array.astype(np.float32)

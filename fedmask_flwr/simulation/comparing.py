@@ -148,7 +148,7 @@ def launch_all(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpu
         Some run, or the simulation, failed; what is complete is shown before.
     """
     c, todo = plan.config, [run for run in plan.runs if run.folder not in plan.done]
-    what = f"{len(plan.runs)} runs on {c.data}, {c.model}, weights {c.weights}"
+    what = f"{len(plan.runs)} runs on {c.scenario or c.data}, {c.model}, weights {c.weights}"
     launch.say(console, f"{what}: {num_clients} clients, {c.num_server_rounds} rounds each")
     if plan.done:
         launch.say(console, f"{len(plan.done)} of them are complete in {plan.out}")

@@ -122,6 +122,20 @@ def test_the_same_entry_again_changes_nothing_and_another_gets_a_new_id():
         other.entry(0)
 
 
+def test_many_at_once_are_one_by_one():
+    items = [(c, t, *sparsify(vector(c % 2, c, t))) for c in range(3) for t in range(2)]
+    items += [items[0], (1, 0, *sparsify(vector(1, 99)))]
+    kb = filled(vector(5, 5))
+    one = kb
+    for item in items:
+        one = one.add(*item, 7)
+    assert_same(kb.extend(iter(items), 7), one)
+    assert one.ids.tolist() == [1, 2, 4, 5, 6, 7]
+    assert one.extend([], 8) is one.extend(items[1:2], 8) is one
+    with pytest.raises(ValueError, match="client -1"):
+        kb.extend([*items, (-1, 0, *items[0][2:])], 7)
+
+
 def test_arrays_cannot_be_written():
     kb = filled(vector(0, 0))
     where, values = kb.entry(0)
@@ -159,10 +173,10 @@ def test_what_replies_say_is_checked():
         ((0, 0, bits[:-1], kept, 0), "need 6 bytes"),
         ((0, 0, bits.astype(np.int64), kept, 0), "need 6 bytes"),
         ((0, 0, bits, kept[:-1], 0), "bits are set"),
-        ((0, 0, bits, kept[None], 0), "vector of finite"),
-        ((0, 0, bits, kept.astype(np.int64), 0), "vector of finite"),
-        ((0, 0, bits, bad, 0), "vector of finite"),
-        ((0, 0, bits, kept * np.float64(1e300), 0), "vector of finite"),
+        ((0, 0, bits, kept[None], 0), "a value for each bit: need finite floats"),
+        ((0, 0, bits, kept.astype(np.int64), 0), "a value for each bit: need finite floats"),
+        ((0, 0, bits, bad, 0), "a value for each bit: need finite floats"),
+        ((0, 0, bits, kept * np.float64(1e300), 0), "a value for each bit: need finite floats"),
         ((0, 0, tail, kept, 0), "behind the last"),
     ]:
         with pytest.raises(ValueError, match=why):
@@ -172,15 +186,15 @@ def test_what_replies_say_is_checked():
         ((1, -1, ids, alpha, 0), "task"),
         ((1, 0, ids.astype(float), alpha, 0), "different entry ids"),
         ((1, 0, np.zeros(2, np.int64), np.zeros((2, KINDS)), 0), "different entry ids"),
-        ((1, 0, ids, np.zeros((1, KINDS + 1)), 0), "finite attention"),
-        ((1, 0, ids, np.zeros((2, KINDS)), 0), "finite attention"),
-        ((1, 0, ids, alpha + np.inf, 0), "finite attention"),
-        ((1, 0, ids, alpha.astype(bool), 0), "finite attention"),
+        ((1, 0, ids, np.zeros((1, KINDS + 1)), 0), "attention: need finite floats"),
+        ((1, 0, ids, np.zeros((2, KINDS)), 0), "attention: need finite floats"),
+        ((1, 0, ids, alpha + np.inf, 0), "attention: need finite floats"),
+        ((1, 0, ids, alpha.astype(bool), 0), "attention: need finite floats"),
     ]:
         with pytest.raises(ValueError, match=why):
             kb.attend(*args)
     for own in (np.zeros(SIZE + 1), np.zeros(SIZE, np.int64), np.full(SIZE, np.nan), np.full(SIZE, 1e300)):
-        with pytest.raises(ValueError, match="finite sketch"):
+        with pytest.raises(ValueError, match="a sketch: need finite floats"):
             kb.nearest(1, own, 1)
     with pytest.raises(ValueError, match="all but seed are positive"):
         KnowledgeBase.empty(0, 1)

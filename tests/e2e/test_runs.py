@@ -60,7 +60,8 @@ def test_readme_commands():
     """A run, a look at its mask, its network, a comparison: the very lines of the README."""
     for name in ("fedpm", "fedpm-network", "compare"):
         shutil.rmtree(ROOT / "runs" / name, ignore_errors=True)
-    done = {line.split()[1]: shell(line) for line in commands() if line.startswith("fedmask")}
+    lines = [line for line in commands() if line.startswith("fedmask") and "continual" not in line]
+    done = {line.split()[1]: shell(line) for line in lines}
     assert set(done) == {"run", "inspect", "export", "compare"}
     for line, result in done.items():
         assert result.returncode == 0, line + result.stdout + result.stderr
@@ -79,6 +80,20 @@ def test_readme_commands():
     for name in ("table.md", "compare.png", "deltamask-s7/mask.fedmask", "fedmask-s8/metrics.jsonl"):
         assert (ROOT / "runs/compare" / name).stat().st_size > 0
     assert "standalone" in shell("fedmask report runs/compare").stdout
+
+
+def test_readme_commands_of_continual_learning():
+    shutil.rmtree(ROOT / "runs/continual", ignore_errors=True)
+    lines = [line for line in commands() if line.startswith("fedmask") and "continual" in line]
+    done = [shell(line) for line in lines]
+    assert len(done) == 2
+    for line, result in zip(lines, done, strict=True):
+        assert result.returncode == 0, line + result.stdout + result.stderr
+    last = json.loads((ROOT / "runs/continual/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["client_accuracy"] > 0.8
+    assert last["kb_entries"] == 9
+    assert "orgetting" in done[1].stdout
+    assert (ROOT / "runs/continual/attention.png").stat().st_size > 0
 
 
 def processes(mark, program):
