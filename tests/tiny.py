@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import tomllib
 from dataclasses import is_dataclass
@@ -20,6 +21,26 @@ def blobs(split, data_dir):
     centres = np.random.Generator(np.random.Philox(key=4)).normal(0, 2, (3, 8))
     y = np.arange(150 if split == "train" else 90) % 3
     return (centres[y] + rng.normal(0, 1, (len(y), 8))).astype(np.float32), y.astype(np.int64)
+
+
+def sources(split, data_dir):
+    """Four binary sources of eight correlated bits, very unlike each other; (n, 8) float32 and whose it is."""
+    rng = np.random.Generator(np.random.Philox(key=8 if split == "train" else 9))
+    y = np.arange(720 if split == "train" else 240) % 4
+    coin = rng.integers(0, 2, (len(y), 2))
+    bits = coin[:, [0, 0, 1, 1, 0, 1, 0, 1]]  # two coins, seen four times each
+    bits[:, 4:] |= y[:, None] & 1  # half of the sources hold the last four at 1
+    bits[:, :4] ^= np.array([[0, 0, 0, 0], [0, 1, 0, 1], [1, 1, 0, 1], [0, 1, 1, 0]])[y]
+    bits[:, 4:] ^= (y >> 1)[:, None]
+    return (bits ^ (rng.random(bits.shape) < 0.05)).astype(np.float32), y.astype(np.int64)
+
+
+def table(path, *rows, data="tiny:sources", **keys):
+    """Write a scenario: a row a client, its tasks as words such as ``"0 1"``; returns its path."""
+    cells = [[f"{data}[{word}]" for word in row.split()] for row in rows]
+    lines = [f"clients = {json.dumps(cells)}", *(f"{k} = {json.dumps(v)}" for k, v in keys.items())]
+    path.write_text("\n".join(lines))
+    return str(path)
 
 
 def net(in_shape=(8,), num_classes=3):

@@ -220,35 +220,32 @@ class WeitServer(Method[WeitState], ABC):
             raise WireError("what a finished task learned, and which task that was, come together")
         if "where" in p.bits and popcount(p.bits["where"]) != p.dense["values"].size:
             raise WireError(f"{p.dense['values'].size} values for {popcount(p.bits['where'])} positions")
+        alone = KnowledgeBase.empty(self.structure.numel, len(self.structure.names), SKETCH)
         try:
-            knowledge = self._learn(state, state.knowledge, update)
-            knowledge.nearest(update.client, _sketch(p), 1)
+            self._attend(state, state.knowledge, update).nearest(update.client, _sketch(p), 1)
+            alone.extend(_entry(update), state.clock)
         except ValueError as error:
             raise WireError(str(error)) from error
 
-    def _learn(self, state: WeitState, knowledge: KnowledgeBase, update: Update) -> KnowledgeBase:
-        """Take up a reply's attention and its finished task."""
-        p, meta = update.payload, update.payload.meta
-        ids = p.counts["ids"].values.astype(np.int64)
-        alpha = p.dense["alpha"].reshape(-1, len(self.structure.names))
-        knowledge = knowledge.attend(update.client, int(meta["task"]), ids, alpha, state.clock)
-        if "where" in p.bits:
-            finished = int(meta["finished"])
-            knowledge = knowledge.add(update.client, finished, p.bits["where"], p.dense["values"], state.clock)
-        return knowledge
+    def _attend(self, state: WeitState, knowledge: KnowledgeBase, update: Update) -> KnowledgeBase:
+        """Take up how much attention a reply's task gives to which entry."""
+        ids = update.payload.counts["ids"].values.astype(np.int64)
+        alpha = update.payload.dense["alpha"].reshape(-1, len(self.structure.names))
+        return knowledge.attend(update.client, int(update.payload.meta["task"]), ids, alpha, state.clock)
 
     def aggregate(self, state: WeitState, updates: Iterable[Update]) -> WeitState:
         """theta_G[:, o] = sum_c w_c B_c[:, o] / sum_c w_c over the clients that sent column o; others stay."""
         sums, weights = np.zeros(self.structure.numel), np.zeros(self.structure.columns)
         contacts, holds, chosen, knowledge = state.contacts, state.holds, state.chosen, state.knowledge
-        heard = False
+        heard, finished = False, []
         for update in updates:
             heard = True
             client, p = update.client, update.payload
             flags, weight = self.flags(p), update.weight if self.config.weighted else 1.0
             sums[flags[self.column]] += weight * p.dense["base"].astype(np.float64)
             weights[flags] += weight
-            knowledge = self._learn(state, knowledge, update)
+            knowledge = self._attend(state, knowledge, update)
+            finished += _entry(update)
             row = contacts[contacts[:, 0] == np.uint64(client)]
             task, same = int(p.meta["task"]), len(row) and int(row[0, 1]) == int(p.meta["task"])
             probes = (int(row[0, 2]) if same else 0) + bool(p.dense["sketch"].size)
@@ -274,7 +271,7 @@ class WeitServer(Method[WeitState], ABC):
             contacts=contacts,
             holds=holds,
             chosen=chosen,
-            knowledge=knowledge.fit(int(self.config.kb_budget * 1e6), state.clock),
+            knowledge=knowledge.extend(finished, state.clock).fit(int(self.config.kb_budget * 1e6), state.clock),
         )
 
     def flags(self, payload: Payload) -> Flags:
@@ -303,6 +300,14 @@ def task_of(value: Any, name: str, floor: int) -> int:
 def counts_of(ids: Ids) -> Counts:
     """Make a field of ids."""
     return Counts(ids.astype(np.uint32), int(ids.max(initial=0)))
+
+
+def _entry(update: Update) -> list[tuple[int, int, npt.NDArray[np.uint8], Floats]]:
+    """The finished task that a reply brings, as ``KnowledgeBase.extend`` takes it; [] where it brings none."""
+    p = update.payload
+    if "where" not in p.bits:
+        return []
+    return [(update.client, int(p.meta["finished"]), p.bits["where"], p.dense["values"])]
 
 
 def _sketch(payload: Payload) -> Floats:
