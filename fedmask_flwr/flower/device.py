@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from fedmask_flwr import data
 from fedmask_flwr.config import ConfigError, kebab, load_config
+from fedmask_flwr.masks.lean import keep_compiler_out
 from fedmask_flwr.methods import Turn
 from fedmask_flwr.setting import network, scenario_of
 from fedmask_flwr.share import share
@@ -37,6 +38,7 @@ class Device:
         self.config = config.model_copy(update={"seed": plan.seed, "num_server_rounds": plan.rounds})
         self._node, self._number = context.node_config, client_number(context)
         self._on = device_of(config.device)
+        keep_compiler_out()
         torch.set_num_threads(config.threads)  # two were 5-8 times slower when both cores train
 
     @cached_property

@@ -28,10 +28,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from fedmask_flwr.aggregate import VoteCounter
 from fedmask_flwr.masks import MaskSpec, Mode, derive, frozen_weights, words
+from fedmask_flwr.masks.lean import SGD, Adam
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
 from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import Optimizer
 
 from fedmask_flwr.masks import MaskSpec, Mode
+from fedmask_flwr.masks.lean import SGD, Adam
 from fedmask_flwr.wire import Payload
 
 from .base import Fields, Known, Memory, Method, MethodConfig, Training, Turn, View

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from fedmask_flwr.aggregate import OverlapMean
 from fedmask_flwr.masks import (
@@ -51,6 +51,7 @@ from fedmask_flwr.masks import (
     words,
     write_mask,
 )
+from fedmask_flwr.masks.lean import Adam
 from fedmask_flwr.wire import Bits, Counts, Payload, Scalar, SideInfo, WireError, pack_bits, popcount, unpack_bits
 
 from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
