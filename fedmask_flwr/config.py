@@ -94,6 +94,11 @@ class RunConfig(BaseModel):
     memory_dir: str = Field(
         "", description="folder of a device's memory; empty: fedmask-flwr below $XDG_STATE_HOME or ~/.local/state"
     )
+    metrics_port: int = Field(
+        0, ge=0, lt=2**16, description="port of the server's Prometheus metrics; 0: none (extra 'metrics')"
+    )
+    metrics_address: str = Field("127.0.0.1", description="address that they are served at; 0.0.0.0: all")
+    log_format: Literal["text", "json"] = Field("text", description="json: one object a line")
     out: str = Field("", description="absolute folder of the run; empty: runs/<run id> below the server's folder")
     compare: str = Field(
         "",

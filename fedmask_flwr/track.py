@@ -17,7 +17,8 @@ S = TypeVar("S")
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
 MASK, CURVE, LOCK, TOKEN = "mask.fedmask", "curve.png", ".lock", ".run"
 log = logging.getLogger(__name__)
-WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", "node-timeout", "round-timeout"})
+_TIMEOUTS, _OPERATIONS = ("node-timeout", "round-timeout"), ("metrics-port", "metrics-address", "log-format")
+WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", *_TIMEOUTS, *_OPERATIONS})
 
 
 class RunDirError(RuntimeError):

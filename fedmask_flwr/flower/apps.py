@@ -13,6 +13,8 @@ from torch import nn
 
 from fedmask_flwr import data
 from fedmask_flwr.config import ConfigError, load_config, patterns
+from fedmask_flwr.logs import use_json
+from fedmask_flwr.metrics import Exporter
 from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.setting import network, scenario_of, settled, shape
 from fedmask_flwr.track import RunDir
@@ -48,8 +50,14 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
     scenario = scenario_of(config)
     device = device_of(config.device)
     model = network(config, *shape(config)).to(device)
-    run_dir = RunDir(folder, flat)
+    if config.log_format == "json":
+        use_json()
+    run_dir, exporter = RunDir(folder, flat), None
     try:
+        if config.metrics_port:
+            exporter = Exporter(
+                config.metrics_port, config.metrics_address, method=config.method, rounds=config.num_server_rounds
+            )
         strategy = MaskStrategy(
             config.method,
             model,
@@ -68,6 +76,7 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             same_masks=config.same_masks,
             node_timeout=config.node_timeout,
             run_dir=run_dir,
+            on_round=exporter.round if exporter else None,
             **settled(config, settings),
         )
         measure = None  # in a scenario every client has tests of its own
@@ -76,6 +85,8 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             measure = measuring(strategy, model, test, device, config.eval_samples)
         strategy.start(grid, num_rounds=config.num_server_rounds, timeout=config.round_timeout, evaluate_fn=measure)
     finally:
+        if exporter is not None:
+            exporter.close()
         run_dir.close()
 
 

@@ -60,6 +60,8 @@ class MaskStrategy(Strategy):
         Whether clients whose network has other structural masks (of a MADE) than this one's are refused.
     run_dir
         Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
+    on_round
+        Called with each round's line of metrics once it is complete.
     **settings
         The method's own settings, such as ``kappa=0.5``.
 
@@ -89,6 +91,7 @@ class MaskStrategy(Strategy):
         same_masks: bool = True,
         node_timeout: float = 600.0,
         run_dir: RunDir | None = None,
+        on_round: Callable[[Mapping[str, Any]], None] | None = None,
         **settings: Any,
     ) -> None:
         resolve(method).Config(**settings)
@@ -110,7 +113,7 @@ class MaskStrategy(Strategy):
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate or (0.0 if self.method.modes else 1.0)
         self.evaluate_every = evaluate_every
-        self.run_dir = run_dir
+        self.run_dir, self._on_round = run_dir, on_round
         self.state = self.method.init()
         self.ledger = Ledger()
         self._sent: list[Message] = []
@@ -328,6 +331,8 @@ class MaskStrategy(Strategy):
     def _complete(self, line: dict[str, Any]) -> None:
         shown = ("accuracy_threshold", "uplink_bpp", "downlink_bpp", "clients_ok", "clients_failed", "seconds")
         log(INFO, "[round %d] %s", line["round"], ", ".join(f"{k} {line[k]:.4g}" for k in shown if k in line))
+        if self._on_round is not None:
+            self._on_round(line)
         if self.run_dir is None:
             return
         try:
