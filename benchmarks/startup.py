@@ -3,8 +3,8 @@
     python benchmarks/startup.py [--nodes 2] [--rounds 6] [--out benchmarks/results/startup.json]
 
 A SuperLink and SuperNodes on this machine's loopback, over Flower's own transport. "cold" is ``flower-supernode``,
-which starts a Python process for each message; "warm" is ``fedmask supernode``, which forks one that has imported torch.
-The same run, the same result bit for bit. Also seconds of importing the client app, and what it imports.
+which starts a Python process for each message; "warm" is ``fedmask supernode``, which forks one that has imported
+torch. The same run, the same result bit for bit. Also seconds of importing the client app, and what it imports.
 """
 
 from __future__ import annotations
