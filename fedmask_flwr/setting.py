@@ -36,7 +36,18 @@ def scenario_of(config: RunConfig) -> data.Scenario | None:
 
 
 def settled(config: RunConfig, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A method's settings with what the scenario says: how many tasks the server tells, 0: devices find them."""
+    """A method's settings with what the scenario says: how many tasks the server tells, 0: devices find them.
+
+    Raises
+    ------
+    ConfigError
+        The scenario cannot be read, or masks that differ do not fit the method.
+    """
+    if resolve(config.method).packed and not config.same_masks:
+        raise ConfigError(
+            f"{config.method} sends what its structural masks let through, so all devices need the same: "
+            "leave same-masks at true, or use fedweit to see what masks of their own cost"
+        )
     scenario = scenario_of(config)
     if scenario is None or "tasks" not in resolve(config.method).Config.model_fields:
         return dict(settings)

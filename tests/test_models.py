@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmask_flwr.masks import Backbone, MaskSpec
-from fedmask_flwr.models import MODELS, backbone
+from fedmask_flwr.models import MODELS, backbone, spelled
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,8 @@ def test_every_short_name_builds():
         shape = (6, 32) if name == "har" else (1, 16, 16)
         b = backbone(name, "seed:1", shape, 5)
         assert b.arch == path
-        assert b.build()(torch.zeros(1, *shape)).shape == (1, 5)
+        outputs = 256 if name == "made" else 5  # a density has a logit for each input
+        assert b.build()(torch.zeros(1, *shape)).shape == (1, outputs)
 
 
 def test_resolution():
@@ -50,7 +51,7 @@ def test_resolution():
 
 
 def test_clear_refusals():
-    with pytest.raises(ValueError, match="conv4, conv6, har, leaf, lenet5, mlp"):
+    with pytest.raises(ValueError, match="conv4, conv6, har, leaf, lenet5, made, mlp"):
         backbone("conv5", "seed:1", (1, 28, 28), 10)
     with pytest.raises(ValueError, match=r"shape \(3, height, width\)"):
         backbone("torchvision:resnet18", "seed:1", (1, 28, 28), 10)
@@ -63,3 +64,69 @@ def test_clear_refusals():
             backbone("har", "seed:1", shape, 10).build()
     with pytest.raises(ValueError, match="sides of at least 4"):
         backbone("leaf", "seed:1", (3, 3, 32), 10).build()
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options"),
+    [
+        ("mlp", "mlp", {}),
+        ("  mlp  ", "mlp", {}),
+        ("mlp()", "mlp", {}),
+        ("mlp(hidden=300,100)", "mlp", {"hidden": (300, 100)}),
+        ("mlp(hidden=300,)", "mlp", {"hidden": (300,)}),
+        ("made(hidden=110 masks=8 connect=cycle)", "made", {"hidden": 110, "masks": 8, "connect": "cycle"}),
+        ("made( direct=false   order='random' )", "made", {"direct": False, "order": "random"}),
+        ("pkg.nets:build(p=0.5 at=1979-05-27)", "pkg.nets:build", {"p": 0.5, "at": "1979-05-27"}),
+        ("torchvision:resnet18(x=[1])", "torchvision:resnet18", {"x": "[1]"}),
+    ],
+)
+def test_arguments_follow_a_name_in_parentheses(text, name, options):
+    found = spelled(text)
+    assert found == (name, options)
+    assert [type(v) for v in found[1].values()] == [type(v) for v in options.values()], "8 is no 8.0, false no 0"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "mlp(", "mlp)", "mlp(hidden=3", "mlp(hidden=(3,2))", "mlp (hidden=3)", "mlp(hidden=3) x", "(hidden=3)"],
+)
+def test_what_is_no_model_is_refused(text):
+    with pytest.raises(ValueError, match=r"write NAME, or NAME\(KEY=VALUE KEY=VALUE\)"):
+        spelled(text)
+
+
+@pytest.mark.parametrize(
+    ("inner", "word"),
+    [
+        ("hidden", "hidden"),
+        ("=3", "=3"),
+        ("hidden=", "hidden="),
+        ("a-b=3", "a-b=3"),
+        ("a=1 a=2", "a=2"),
+        ("a=1,b=2 c", "c"),
+        ("hidden=3, 2", "2"),
+    ],
+)
+def test_a_word_that_is_no_argument_is_named(inner, word):
+    with pytest.raises(
+        ValueError, match=f"cannot read '{word}' in model .*write each KEY=VALUE once, with no spaces"
+    ):
+        spelled(f"mlp({inner})")
+
+
+def test_written_arguments_reach_the_builder_and_the_caller_s_win():
+    wide = backbone("mlp(hidden=5,4)", "seed:1", (8,), 3)
+    assert wide == backbone("mlp", "seed:1", (8,), 3, hidden=(5, 4))
+    assert [m.out_features for m in wide.build() if isinstance(m, torch.nn.Linear)] == [5, 4, 3]
+    assert backbone("mlp(hidden=5,4)", "seed:1", (8,), 3, hidden=(2,)) == backbone(
+        "mlp", "seed:1", (8,), 3, hidden=(2,)
+    )
+    made = backbone("made(hidden=6 masks=3 connect=cycle)", "seed:1", (8,), 3).build()
+    assert made.masks_count == 3 and made.layers[0].weight.shape == (6, 8)
+    seeds = {backbone("made(hidden=6 seed=1)", "seed:1", (8,), 1, seed=seed).build().mask_id for seed in (1, 2)}
+    assert seeds == {backbone(f"made(hidden=6 seed={seed})", "seed:1", (8,), 1).build().mask_id for seed in (1, 2)}
+    assert len(seeds) == 2
+    named = dict(backbone("torchvision:resnet18(zero_init_residual=true)", "seed:1", (3, 32, 32), 7).options)
+    assert named == {"num_classes": 7, "zero_init_residual": True}
+    with pytest.raises(ValueError, match="options"):
+        backbone("mlp(depth=3)", "seed:1", (8,), 3).build()

@@ -22,8 +22,8 @@ def met(device: Device, turn: MaskTurn) -> dict[str, float]:
     """
     networks = turn.tasks or (None,)
     rows = range(device.task + 1)
-    # A device that finds its tasks itself may have met fewer, or more, than there were.
-    own = [min(j, len(networks) - 1) for j in rows]
+    # A device may have met fewer tasks, or found more, than there were: the network of the last one up to j.
+    own = [max((i for i, t in enumerate(turn.tasks) if t <= j), default=0) for j in rows]
     found: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in rows]
     for task in networks:
         turn.load(task=task)

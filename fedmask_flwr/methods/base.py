@@ -122,6 +122,7 @@ class Method(ABC, Generic[S]):
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")  # (): only devices can evaluate
     codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
     exact: ClassVar[bool] = False  # True: its bits must not be coded by a codec that may flip some
+    packed: ClassVar[bool] = False  # True: what travels has the order of the structural masks, so all need the same
     adapt_epochs: ClassVar[int] = 0  # epochs a device trains on its own data before it evaluates
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:

@@ -26,6 +26,7 @@ class ConfedMADE(Weit):
     """See the module's card."""
 
     name: ClassVar[str] = "confedmade"
+    packed: ClassVar[bool] = True
 
     @staticmethod
     def structural(model: nn.Module) -> Mapping[str, Tensor] | None:

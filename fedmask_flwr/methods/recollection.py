@@ -7,6 +7,7 @@
 ``K.i``             (n,) sum_n alpha_n KB_n of a finished task, which is a constant by then
 ``ids alpha``       (N,) int64 and (N, kinds): the entries in use and the attention they get
 ``kb.i.where``      the entries themselves, as they came: packed flags, and ``kb.i.values``
+``end.i``           (n,) A_i as it was when its task ended, until the server has it
 ``snap.base``       (n,) B when the task began, and ``snap.A.i`` of each earlier task
 ``moments.*``       what the optimiser carries from step to step
 ``drift``           the detector's state, where the device finds its tasks itself
@@ -75,6 +76,7 @@ class Recollection:
             if (kept := self._knowledge_sum()) is not None:
                 memory[f"K.{self.task}"] = kept
             memory["snap.base"] = memory["base"].copy()
+            memory[f"end.{self.task}"] = memory[f"A.{self.task}"].copy()
             for i in self.tasks:
                 memory[f"snap.A.{i}"] = memory[f"A.{i}"].copy()
         else:

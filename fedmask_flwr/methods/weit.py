@@ -53,8 +53,9 @@ class Weit(WeitServer, ABC):
 
     def _task(self, got: Payload, past: Recollection) -> int:
         told = task_of(got.meta.get("task"), "task", FOUND)
-        if told == FOUND:
-            return max(past.task, 0) + ("switch" in past.memory)
+        if told == FOUND:  # "at": where it was last heard, for a device that lost its memory since
+            heard = task_of(got.meta.get("at", 0), "at", 0)
+            return max(heard, max(past.task, 0) + ("switch" in past.memory))
         if told < past.task:
             raise WireError(
                 f"the server speaks of task {told}, this device is at task {past.task} already: does it share its "
@@ -121,9 +122,10 @@ class Weit(WeitServer, ABC):
         dense["sketch"] = sketch(memory[f"A.{past.task}"], SKETCH, 0) if probe else np.zeros(0, np.float32)
         done = [*past.earlier, *([past.task] if got.meta.get("last") == 1 else [])]
         left = sorted(set(done) - set(_ids(got, "came").tolist())) if not turn.private else []
+        for task in set(past.earlier) - set(left):
+            memory.pop(f"end.{task}", None)
         if left:
-            # A task's A as it was when the task ended: since then it only follows B.
-            name = f"snap.A.{left[0]}" if left[0] != past.task else f"A.{left[0]}"
+            name = f"end.{left[0]}" if left[0] != past.task else f"A.{left[0]}"
             bits["where"], dense["values"] = sparsify(memory[name], c.prune_below)
         ids = {"holds": counts_of(past.held), "ids": counts_of(memory["ids"])}
         meta = {"task": past.task, "finished": left[0] if left else -1}

@@ -182,6 +182,9 @@ class WeitServer(Method[WeitState], ABC):
             return Payload(bits=bits, dense=dense, meta=meta)
         use, asked = self._useful(state, client)
         meta["probe"] = int(asked)
+        rows = state.contacts[state.contacts[:, 0] == np.uint64(client)]
+        if state.task == FOUND and len(rows):
+            meta["at"] = int(rows[0, 1])
         new = np.setdiff1d(use, _of(state.holds, client))[:SLOTS]
         for slot, i in enumerate(new):
             bits[f"where.{slot}"], dense[f"values.{slot}"] = state.knowledge.entry(int(i))
@@ -194,8 +197,11 @@ class WeitServer(Method[WeitState], ABC):
         k, found = self.config.retrieve, state.knowledge.candidates(client)
         if k < 0 or len(found) <= k:
             return found, False
-        chosen = np.intersect1d(found, _of(state.chosen, client)) if self._present(state, client) else found[:0]
-        return chosen, k > 0 and not len(chosen)
+        if not self._present(state, client):
+            return found[:0], k > 0
+        chosen = np.intersect1d(found, _of(state.chosen, client))
+        # Until it is chosen anew it goes on with what it holds: attention that was learned is not thrown away.
+        return (chosen, False) if len(chosen) else (np.intersect1d(found, _of(state.holds, client))[:k], k > 0)
 
     def _present(self, state: WeitState, client: int) -> bool:
         """Whether the client, when last heard, was at the task that it is now told."""
@@ -250,7 +256,8 @@ class WeitServer(Method[WeitState], ABC):
             task, same = int(p.meta["task"]), len(row) and int(row[0, 1]) == int(p.meta["task"])
             probes = (int(row[0, 2]) if same else 0) + bool(p.dense["sketch"].size)
             contacts = _put(contacts, client, [[task, probes]])
-            holds = _put(holds, client, p.counts["holds"].values[:, None])
+            held = np.intersect1d(p.counts["holds"].values.astype(np.int64), knowledge.ids)
+            holds = _put(holds, client, held[:, None])
             if not same:
                 chosen = _put(chosen, client, [])
             if p.dense["sketch"].size and probes >= self.config.probe_rounds:

@@ -203,4 +203,6 @@ def _check_heads(
 
 
 def _said(allowed: int | range) -> str:
-    return f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else str(allowed)
+    if isinstance(allowed, range) and len(allowed) > 2:
+        return f"{allowed.start} to {allowed[-1]}" + (f" in steps of {allowed.step}" if allowed.step > 1 else "")
+    return " or ".join(map(str, allowed)) if isinstance(allowed, range) else str(allowed)

@@ -19,6 +19,7 @@ from fedmask_flwr.masks import (
     MaskSpec,
     derive,
     freeze,
+    initialise,
     model_digest,
     weights_digest,
     words,
@@ -63,6 +64,26 @@ def test_seed_gives_signed_constants():
     assert torch.allclose(keep.head.weight * math.e / 2, model.head.weight)
     assert torch.equal(small("seed:5:signed_e").build().head.weight, model.head.weight)
     assert not torch.equal(small("seed:6").build().conv.weight, model.conv.weight)
+
+
+def test_glorot_is_uniform_keyed_and_bounded_by_both_fans():
+    model = small("seed:5:glorot", width=40).build()
+    for name, fan_in, fan_out in (("conv", 18, 40 * 9), ("head", 40, 3), ("embed", 1, 7)):
+        w = getattr(model, name).weight.detach()
+        bound = math.sqrt(6 / (fan_in + fan_out))
+        uniform = words(derive(5, "backbone", f"{name}.weight"), w.numel()) / 2.0**31
+        assert np.allclose(w.flatten().numpy(), uniform * bound, rtol=1e-6)
+        assert w.abs().max() <= bound
+        assert w.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.15)
+        assert len(w.unique()) > 0.9 * w.numel()
+    for p in (model.conv.bias, model.head.bias, model.bn.bias, model.norm.bias):
+        assert not p.any()
+    assert torch.equal(model.bn.weight, torch.ones(40))
+    again, other = small("seed:5:glorot", width=40).build(), small("seed:6:glorot", width=40).build()
+    assert torch.equal(again.conv.weight, model.conv.weight)
+    assert not torch.equal(other.conv.weight, model.conv.weight)
+    with pytest.raises(ValueError, match=r"unknown scale in source 'seed:5:xavier'.*seed:<int>:glorot"):
+        initialise(Small(), "seed:5:xavier")
 
 
 def test_golden_weights():

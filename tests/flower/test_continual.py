@@ -1,0 +1,457 @@
+"""Whole continual runs: tasks told and found, kills, hostile replies, and what devices report of their tasks."""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from flwr.app import ConfigRecord, RecordDict
+from loopback import LoopbackGrid
+from rounds import Killed, frame_of, run, without_clock
+from safetensors.numpy import load_file
+
+from fedmask_flwr.checkpoint import CheckpointError, load_state
+from fedmask_flwr.config import ConfigError
+from fedmask_flwr.flower.continual import met
+from fedmask_flwr.flower.device import Device
+from fedmask_flwr.flower.records import frame_record
+from fedmask_flwr.made import made
+from fedmask_flwr.methods.weit_server import WeitState
+from fedmask_flwr.wire import Frame
+
+pytestmark = pytest.mark.flower
+ROWS = ("0 1", "1 2", "2 3")
+MADE = {"model": "made(hidden=16)", "weights": "glorot", "learning_rate": 0.03, "num_server_rounds": 6}
+FILES = ("mask.fedmask", "checkpoint.safetensors")
+
+
+def go(out, rows=ROWS, tamper=None, table=None, data="tiny:sources", **changes):
+    """A run of a scenario with ``rows``; its lines and grid."""
+    out.mkdir(exist_ok=True)
+    keys = {"binary": data == "tiny:sources", **(table or {})}
+    scenario = tiny.table(out.parent / "scenario.toml", *rows, data=data, **keys)
+    kw = {**MADE, "local_epochs": 1, "method": "confedmade", "scenario": scenario, **changes}
+    return run(out, len(rows), tamper, **kw)
+
+
+def number(message):
+    return message.content["config"]["server-round"]
+
+
+def heard(kind, story):
+    """A tamper that writes (round, client) -> reply into ``story`` and changes nothing."""
+
+    def tamper(reply, message, context):
+        if message.metadata.message_type == kind:
+            story[number(message), context.node_config["partition-id"]] = reply
+        return reply
+
+    return tamper
+
+
+def told(reply):
+    """Metrics of a reply."""
+    return dict(reply.content.metric_records["metrics"])
+
+
+def meta(reply):
+    return Frame.parse(frame_of(reply)).meta
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run that retrieves: lines, folder and replies of training and evaluation."""
+    folder, trained, judged = tmp_path_factory.mktemp("whole") / "run", {}, {}
+
+    def tamper(reply, message, context):
+        for kind, story in (("train", trained), ("evaluate", judged)):
+            heard(kind, story)(reply, message, context)
+        return reply
+
+    lines, _ = go(folder, tamper=tamper, retrieve=1)
+    return lines, folder, trained, judged
+
+
+# What is reported
+
+
+def test_every_task_is_evaluated_and_the_figures_agree(whole):
+    lines, _, trained, judged = whole
+    assert [line["clients_failed"] + line["evaluations_failed"] for line in lines] == [0] * 6
+    assert [line["task"] for line in lines] == [0, 0, 0, 1, 1, 1]
+    assert [line["kb_entries"] for line in lines] == [0, 0, 3, 3, 3, 6]
+    assert [len(line["attention"]) for line in lines] == [0] * 5 + [3]
+    assert all(meta(reply)["task"] == (round_ > 3) for (round_, _), reply in trained.items())
+    for (round_, _), reply in judged.items():
+        own = told(reply)
+        tasks = 1 + (round_ > 3)
+        each = [own[f"loss_task_{j}"] for j in range(tasks)]
+        assert f"loss_task_{tasks}" not in own
+        assert own["loss"] == pytest.approx(sum(each) / tasks)
+        assert (own["loss_base"], own["loss_new"]) == (each[0], each[-1])
+        assert own["loss_mixture"] <= own["loss"] + math.log(tasks) + 1e-9
+        assert own["task_found"] <= 1
+        if tasks == 1:
+            assert own["loss"] == own["loss_latest"] == own["loss_mixture"] == own["loss_latest_base"]
+        else:
+            assert own["loss_latest"] == pytest.approx((own["loss_latest_base"] + own["loss_new"]) / 2)
+            assert own["loss_latest_base"] > own["loss_base"]
+    last = [told(judged[6, k]) for k in range(3)]
+    assert lines[-1]["client_loss"] == pytest.approx(sum(own["loss"] for own in last) / 3)
+    assert lines[2]["client_loss"] < lines[0]["client_loss"] - 0.3
+    assert lines[-1]["client_task_found"] > 0.8
+    assert lines[-1]["client_loss_mixture"] < lines[-1]["client_loss_latest"]
+    before = [told(judged[3, k])["loss_base"] for k in range(3)]
+    assert [own["loss_base"] for own in last] == pytest.approx(before, abs=1e-3), "nothing is forgotten"
+    assert "client_accuracy" not in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "own"), [((0, 1, 2), (0, 1, 2)), ((1, 2), (0, 0, 1)), ((0, 1), (0, 1, 1)), ((), (0,) * 3)]
+)
+def test_figures_are_those_of_the_definition(tasks, own):
+    """A device at task 2 with networks of ``tasks``: which one judges each task, and the mixture by its sum."""
+    rng, count = np.random.default_rng(0), max(len(tasks), 1)
+    nll = rng.gamma(2.0, 1.5, (count, 3, 7))  # of a network, on a task, of an example
+    loaded = []
+    turn = SimpleNamespace(tasks=tasks, load=lambda task: loaded.append(task))  # noqa: PLW0108
+    device = SimpleNamespace(task=2, losses=lambda split, j: (torch.from_numpy(nll[len(loaded) - 1, j]), None))
+    found = met(device, turn)
+    assert loaded == list(tasks or (None,))
+    aware = [nll[own[j], j].mean() for j in range(3)]
+    assert [found[f"loss_task_{j}"] for j in range(3)] == pytest.approx(aware)
+    mixed = [-math.log(sum(math.exp(-n) for n in nll[:, j, i]) / count) for j in range(3) for i in range(7)]
+    assert found["loss_mixture"] == pytest.approx(sum(mixed) / 21)
+    assert found["loss_latest"] == pytest.approx(nll[-1].mean())
+    hits = [nll[:, j, i].argmin() == own[j] for j in range(3) for i in range(7)]
+    assert found["task_found"] == pytest.approx(sum(hits) / 21)
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedprox", "standalone"])
+def test_methods_with_one_network_report_the_same_figures(method, whole, tmp_path):
+    lines, _ = go(tmp_path / "run", method=method)
+    keys = [{k for k in run[-1] if k.startswith("client_")} for run in (lines, whole[0])]
+    assert keys[1] - keys[0] == {"client_capacity"}
+    assert keys[0] <= keys[1]
+    for line in lines:
+        assert line["client_loss"] == line["client_loss_latest"] == line["client_loss_mixture"]
+        assert line["clients_failed"] + line["evaluations_failed"] == 0
+    assert lines[-1]["client_loss_base"] > whole[0][-1]["client_loss_base"], "it forgets"
+
+
+def test_a_classifier_reports_accuracies_and_no_mixture(tmp_path):
+    kw = {"model": "tiny:net", "weights": "seed", "num_server_rounds": 4}
+    keys = []
+    for method in ("fedweit", "fedavg"):
+        lines, _ = go(tmp_path / method, ("0,1 1,2", "1,2 0,2"), data="tiny:blobs", method=method, **kw)
+        line = lines[-1]
+        both = [line["client_accuracy_task_0"], line["client_accuracy_task_1"]]
+        assert line["client_accuracy"] == pytest.approx(sum(both) / 2)
+        assert [line["client_accuracy_base"], line["client_accuracy_new"]] == pytest.approx(both)
+        assert "client_loss_mixture" not in line and "client_task_found" not in line
+        keys.append({k for k in line if k.startswith("client_")} - {"client_capacity"})
+        if method == "fedweit":
+            assert min(both) > 0.8
+    assert keys[0] == keys[1]
+
+
+def test_a_cumulative_stream_keeps_earlier_examples(tmp_path):
+    rows = {}
+    for stream in ("sequential", "cumulative"):
+        replies = {}
+        kw = {"method": "fedavg", "num_server_rounds": 2, "stream": stream}
+        go(tmp_path / stream, tamper=heard("train", replies), **kw)
+        rows[stream] = [[told(replies[r, k])["num-examples"] for k in range(3)] for r in (1, 2)]
+    assert rows["cumulative"][0] == rows["sequential"][0]
+    first, second = map(np.array, rows["sequential"])
+    assert rows["cumulative"][1] == (first + second).tolist()
+
+
+# Kills
+
+
+def same(a, b):
+    assert [without_clock(line) for line in a[0]] == [without_clock(line) for line in b[0]]
+    for name in FILES:
+        assert (a[1] / name).read_bytes() == (b[1] / name).read_bytes()
+
+
+@pytest.mark.parametrize(("rounds", "deaf"), [(2, True), (4, False), (4, True)])
+def test_a_server_killed_within_a_task_resumes_bit_for_bit(rounds, deaf, whole, tmp_path):
+    go(tmp_path / "cut", retrieve=1, stop_after=rounds, deaf=deaf)
+    assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == rounds
+    lines, _ = go(tmp_path / "cut", retrieve=1, first_node=5000)
+    same((lines, tmp_path / "cut"), whole)
+
+
+def test_clients_that_restart_go_on_from_their_disks(whole, tmp_path):
+    """In every round every device is a new process: nothing but its memory's file is left of it."""
+
+    def tamper(reply, message, context):
+        context.state = RecordDict()
+        return reply
+
+    lines, _ = go(tmp_path / "run", tamper=tamper, retrieve=1)
+    same((lines, tmp_path / "run"), whole)
+
+
+def test_all_killed_while_a_client_trains(whole, tmp_path, monkeypatch):
+    """Client 1 dies within its loop, client 0 has trained the round, and the server goes down with them."""
+    train, round_ = Device.train, 5
+
+    def dying(self, optimizer, turn, epochs, *purpose):
+        loss = train(self, optimizer, turn, epochs, *purpose)
+        if (turn.round, turn.client) == (round_, 1):
+            raise Killed
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Device, "train", dying)
+        go(tmp_path / "cut", retrieve=1)
+    assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == round_ - 1
+    lines, _ = go(tmp_path / "cut", retrieve=1, first_node=7000)
+    same((lines, tmp_path / "cut"), whole)
+
+
+def test_a_checkpoint_cut_in_half_is_named_and_nothing_deleted(tmp_path):
+    out = tmp_path / "run"
+    go(out, stop_after=2)
+    path = out / "checkpoint.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    def files():
+        return {file: file.read_bytes() for file in out.rglob("*") if file.is_file() and file.name != ".lock"}
+
+    before = files()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint\.safetensors is not a checkpoint of WeitState.*restore it"
+    ):
+        go(out)
+    assert files() == before
+
+
+# Replies that must not count
+
+
+def rewritten(reply, change):
+    """The reply with its frame edited: ``change(frame)`` returns another."""
+    frame = frame_of(reply)
+    edited = change(Frame.parse(frame)).to_bytes()
+    reply.content["arrays"] = frame_record(edited, reply.content["arrays"]["frame"].shape[0])
+    return reply
+
+
+def as_task(task):
+    return lambda frame: replace(frame, meta={**frame.meta, "task": task})
+
+
+def with_body(name, body, numel):
+    def change(frame):
+        fields = [
+            replace(f, body=body(bytes(f.body)), numel=numel(f.numel)) if f.name == name else f
+            for f in frame.fields
+        ]
+        return replace(frame, fields=tuple(fields))
+
+    return change
+
+
+LIES = [
+    as_task(1),
+    as_task("0"),
+    as_task(2**62),
+    lambda frame: replace(frame, meta={**frame.meta, "finished": 2**62}),
+    with_body("base", lambda body: body[:-4], lambda n: n - 1),
+    with_body("alpha", lambda body: struct.pack("<fff", 1.0, math.nan, 1.0), lambda n: 3),
+    with_body("sketch", lambda body: bytes(4 * 100), lambda n: 100),
+    lambda frame: replace(frame, fields=tuple(f for f in frame.fields if f.name != "holds")),
+]
+
+
+def test_a_lie_is_counted_and_has_no_effect(tmp_path, caplog):
+    """Every round client 1 lies in another way; the run is that of a client that does not answer."""
+
+    def lying(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
+            return rewritten(reply, LIES[number(message) - 1])
+        return reply
+
+    def silent(reply, message, context):
+        mine = message.metadata.message_type == "train" and context.node_config["partition-id"] == 1
+        return None if mine else reply
+
+    for name, tamper in {"a": lying, "b": silent}.items():
+        lines, _ = go(tmp_path / name, ROWS, tamper, {"limit": 40}, num_server_rounds=len(LIES))
+        assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(2, 1)] * len(LIES)
+    for file in FILES:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    said = [r.getMessage() for r in caplog.records if "reply of client 1 dropped" in r.getMessage()]
+    assert len(said) == len(LIES)
+    why = (
+        "this round is of task 0",
+        "task is '0'",
+        "task is 4",
+        "finished is 4",
+        "146 values for columns of 147",
+        "NaN",
+        "'sketch'",
+        "holds",
+    )
+    assert all(text in line for text, line in zip(why, said, strict=True)), said
+
+
+# Structural masks
+
+
+class OtherMasks(LoopbackGrid):
+    """The second device builds its network with another seed of masks."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        list(self.contexts.values())[1].run_config["model"] = "made(hidden=16 seed=5)"
+
+
+def masks_of(reply):
+    record = reply.content.config_records.get("config")
+    return None if record is None else record.get("masks")
+
+
+def test_every_reply_says_which_masks(whole):
+    name = made((8,), 1, hidden=16).mask_id
+    assert {masks_of(reply) for story in whole[2:] for reply in story.values()} == {name}
+
+
+@pytest.mark.parametrize("method", ["confedmade", "fedavg"])
+def test_a_device_with_other_masks_refuses(method, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("rounds.LoopbackGrid", OtherMasks)
+    lines, _ = go(tmp_path / "run", method=method, num_server_rounds=2)
+    assert [(line["clients_failed"], line["evaluations_failed"]) for line in lines] == [(1, 1)] * 2
+    ours, its = made((8,), 1, hidden=16).mask_id, made((8,), 1, hidden=16, seed=5).mask_id
+    said = [r.getMessage() for r in caplog.records if "failed (code" in r.getMessage()]
+    assert said and all(f"structural masks {its}, the server's {ours}: build the model" in line for line in said)
+
+
+def test_the_server_refuses_a_reply_with_other_masks(tmp_path, caplog):
+    def tamper(reply, message, context):
+        client, kind = context.node_config["partition-id"], message.metadata.message_type
+        if kind != "query" and client == 1:
+            reply.content["config"] = ConfigRecord({"masks": "0" * 32})
+        if kind != "query" and client == 2 and number(message) == 2:
+            del reply.content["config"]
+        return reply
+
+    lines, _ = go(tmp_path / "run", tamper=tamper, num_server_rounds=2)
+    assert [(line["clients_failed"], line["evaluations_failed"]) for line in lines] == [(1, 1), (2, 2)]
+    assert f"trained with structural masks {'0' * 32}, the server has" in caplog.text
+    assert "trained with structural masks (none)" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["fedavg", "fedweit"])
+def test_other_masks_are_welcome_where_the_run_says_so(method, tmp_path, monkeypatch):
+    """Each device then has masks of its own; values are averaged position by position, whoever uses them."""
+    replies = {}
+    lines, _ = go(
+        tmp_path / "run", tamper=heard("train", replies), method=method, same_masks=False, num_server_rounds=2
+    )
+    assert [line["clients_failed"] + line["evaluations_failed"] for line in lines] == [0, 0]
+    assert len({masks_of(reply) for reply in replies.values()}) == 3
+    assert masks_of(replies[1, 0]) == masks_of(replies[2, 0])
+
+
+# Who is there when
+
+
+def test_unsampled_devices_get_knowledge_later(tmp_path):
+    """Two of three train in a round: whoever does has all that others ever gave, and gives what it owes."""
+    replies = {}
+    kw = {"fraction_train": 0.67, "num_server_rounds": 12}
+    lines, _ = go(tmp_path / "run", tamper=heard("train", replies), **kw)
+    assert [line["clients_failed"] + line["evaluations_failed"] for line in lines] == [0] * 12
+    assert [line["clients_ok"] for line in lines] == [2] * 12
+    gave = [(r, k) for (r, k), reply in replies.items() if meta(reply)["finished"] >= 0]
+    assert len(gave) == lines[-1]["kb_entries"]
+    assert any(r > 6 and meta(replies[r, k])["finished"] == 0 for r, k in gave), (
+        "one was not asked in its last round"
+    )
+    for (r, k), reply in replies.items():
+        sizes = {field.name: field.numel for field in Frame.parse(frame_of(reply)).fields}
+        assert sizes["ids"] == sizes["holds"] == sum(past < r and client != k for past, client in gave)
+
+
+def test_a_private_device_learns_and_gives_no_entry(tmp_path, monkeypatch):
+    class Private(LoopbackGrid):
+        def __init__(self, *args):
+            super().__init__(*args)
+            list(self.contexts.values())[1].node_config["private"] = True
+
+    monkeypatch.setattr("rounds.LoopbackGrid", Private)
+    replies = {}
+    lines, _ = go(tmp_path / "run", tamper=heard("train", replies), num_server_rounds=4)
+    assert [line["clients_ok"] for line in lines] == [3] * 4
+    assert lines[-1]["kb_entries"] == 4
+    assert {meta(reply)["finished"] for (_, k), reply in replies.items() if k == 1} == {-1}
+    state = load_state(tmp_path / "run/checkpoint.safetensors", WeitState)[0]
+    assert {client for _, client, _ in state.knowledge.owners.tolist()} == {0, 2}
+
+
+def test_order_of_replies_does_not_matter(whole, tmp_path, monkeypatch):
+    class Shuffled(LoopbackGrid):
+        def send_and_receive(self, messages, *, timeout=None):
+            return super().send_and_receive(messages, timeout=timeout)[::-1]
+
+    monkeypatch.setattr("rounds.LoopbackGrid", Shuffled)
+    lines, _ = go(tmp_path / "run", retrieve=1)
+    for name in FILES:
+        assert (tmp_path / "run" / name).read_bytes() == (whole[1] / name).read_bytes()
+    assert lines[-1]["attention"] == whole[0][-1]["attention"]
+
+
+# Tasks that are found
+
+
+def test_devices_find_their_tasks_each_in_its_time(tmp_path):
+    replies = {}
+    kw = {"num_server_rounds": 10, "task_identity": "found", "local_epochs": 2}
+    lines, _ = go(tmp_path / "run", tamper=heard("train", replies), table={"lag": 2}, **kw)
+    assert [line["clients_failed"] + line["evaluations_failed"] for line in lines] == [0] * 10
+    switched = {k: min(r for (r, c), reply in replies.items() if c == k and meta(reply)["task"]) for k in range(3)}
+    assert switched == {0: 6, 1: 8, 2: 10}, "the round in which the data changed"
+    assert all(meta(reply)["task"] == (r >= switched[k]) for (r, k), reply in replies.items())
+    assert [line["kb_entries"] for line in lines] == [0] * 5 + [1, 1, 2, 2, 3]
+    state = load_state(tmp_path / "run/checkpoint.safetensors", WeitState)[0]
+    assert state.knowledge.owners[:, 1:].tolist() == [[0, 0], [1, 0], [2, 0]]
+    for client in range(3):
+        memories = sorted((tmp_path / "run/memory").rglob(f"{client}.*.safetensors"))
+        tasks = [int(load_file(path)["task"][0]) for path in memories]
+        assert tasks == [int(r >= switched[client]) for r in (9, 10)]
+    assert lines[-1]["task"] == -1
+
+
+def test_tasks_at_different_times_cannot_be_told(tmp_path):
+    with pytest.raises(ConfigError, match=r"lag 2\), so the server cannot tell them: set task-identity to found"):
+        go(tmp_path / "run", table={"lag": 2})
+
+
+def test_each_network_is_judged_on_its_own_task(tmp_path):
+    """Device 1 loses the memory of its first task: it has networks of the second and the third."""
+    judged = {}
+
+    def tamper(reply, message, context):
+        first = message.metadata.message_type == "train" and number(message) == 2
+        if first and context.node_config["partition-id"] == 1:
+            for path in (tmp_path / "run/memory").rglob("1.*"):
+                path.unlink()
+        return heard("evaluate", judged)(reply, message, context)
+
+    go(tmp_path / "run", ("0 1 2", "1 3 0"), tamper, local_epochs=3)
+    memory = load_file(max((tmp_path / "run/memory").rglob("1.*.safetensors")))
+    assert sorted(name for name in memory if name.startswith("A.")) == ["A.1", "A.2"]
+    second = [told(judged[r, 1])["loss_task_1"] for r in (4, 5, 6)]
+    assert second == pytest.approx([second[0]] * 3, abs=1e-3)
+    assert all(told(judged[6, 1])[f"loss_task_{j}"] < 4.5 for j in (1, 2))
