@@ -238,6 +238,9 @@ def export(
         int | None,
         typer.Option(min=0, help="Number of the device whose own network is wanted, from the run's memory folder."),
     ] = None,
+    task: Annotated[
+        int | None, typer.Option(min=0, help="With --client: its network for that task instead of the latest.")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an earlier export in the folder.")
     ] = False,
@@ -250,7 +253,9 @@ def export(
 
     try:
         where = None if data_dir is None else str(data_dir.absolute())
-        done = exporting.export(run, out, slim=slim, onnx=onnx, data_dir=where, client=client, overwrite=overwrite)
+        done = exporting.export(
+            run, out, slim=slim, onnx=onnx, data_dir=where, client=client, task=task, overwrite=overwrite
+        )
     except (exporting.ExportError, OSError) as error:
         _stop(str(error), FAILED)
     Console().print(exporting.show(done, out), soft_wrap=True)

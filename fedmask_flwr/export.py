@@ -60,6 +60,7 @@ def export(
     onnx: bool = False,
     data_dir: str | None = None,
     client: int | None = None,
+    task: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write the network of a finished run to `out` (see `save_network`) and return the report.
@@ -72,6 +73,8 @@ def export(
         Where the run's data set lies now; it says what shape an example has.
     client
         The device whose own network is wanted, for methods that have none on the server.
+    task
+        Its network for that task, where it has several; None: the latest.
 
     Raises
     ------
@@ -83,7 +86,7 @@ def export(
     check_free(out, overwrite=overwrite)
     if onnx:
         need_onnx()
-    network = read_run(run, data_dir=data_dir, client=client)
+    network = read_run(run, data_dir=data_dir, client=client, task=task)
     config = network.config
     about = {
         "method": config.method,
@@ -92,6 +95,7 @@ def export(
         "weights": config.weights_source,
         "round": network.round,
         **({} if client is None else {"client": client}),
+        **({} if task is None else {"task": task}),
         "num_classes": network.num_classes,
         "mask_bytes": (run / MASK).stat().st_size,
     }
@@ -99,7 +103,9 @@ def export(
     return save_network(model, network.in_shape, out, full=full, onnx=onnx, overwrite=overwrite, about=about)
 
 
-def read_run(run: Path, *, data_dir: str | None = None, client: int | None = None) -> Network:
+def read_run(
+    run: Path, *, data_dir: str | None = None, client: int | None = None, task: int | None = None
+) -> Network:
     """Build the network of a finished run, on the CPU; see `export`.
 
     Raises
@@ -127,6 +133,8 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
         )
     if client is not None and method.modes:
         raise ExportError(f"{config.method} has one network for all: leave out --client")
+    if task is not None and client is None:
+        raise ExportError("tasks have networks on devices only: add --client N")
     try:
         told = Frame.parse(raw)
         if told.digest != digest:
@@ -140,7 +148,11 @@ def read_run(run: Path, *, data_dir: str | None = None, client: int | None = Non
         else:
             memory = _memory(run, config, identity, client, told.round_)
             got = _only(result, method.down(memory))
-            method.install(got, model, frozen_weights(model, method.spec), View(memory=memory))
+            if task is not None and task not in method.tasks(memory):
+                met = ", ".join(map(str, method.tasks(memory)))
+                only = f"only for {met}" if met else f"{config.method} has one for all"
+                raise ExportError(f"device {client} has no network for task {task}, {only}")
+            method.install(got, model, frozen_weights(model, method.spec), View(memory=memory, task=task))
     except WireError as error:
         raise ExportError(f"{run / MASK}: {error}") from error
     return Network(model.eval(), shape, num_classes, method, result, config, told.round_)

@@ -18,6 +18,7 @@ from safetensors.numpy import load_file
 
 from fedmask_flwr.checkpoint import CheckpointError, load_state
 from fedmask_flwr.config import ConfigError
+from fedmask_flwr.export import ExportError, read_run
 from fedmask_flwr.flower.continual import met
 from fedmask_flwr.flower.device import Device
 from fedmask_flwr.flower.records import frame_record
@@ -455,3 +456,15 @@ def test_each_network_is_judged_on_its_own_task(tmp_path):
     second = [told(judged[r, 1])["loss_task_1"] for r in (4, 5, 6)]
     assert second == pytest.approx([second[0]] * 3, abs=1e-3)
     assert all(told(judged[6, 1])[f"loss_task_{j}"] < 4.5 for j in (1, 2))
+
+
+def test_a_device_s_network_of_a_task_can_be_exported(whole):
+    _, folder, _, _ = whole
+    first, latest = (read_run(folder, client=1, task=task).model for task in (0, None))
+    x = torch.from_numpy(tiny.sources("test", "")[0])
+    assert torch.isfinite(first(x)).all()
+    assert (first(x) != latest(x)).any()
+    with pytest.raises(ExportError, match="no network for task 7, only for 0, 1"):
+        read_run(folder, client=1, task=7)
+    with pytest.raises(ExportError, match="add --client"):
+        read_run(folder, task=0)
