@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 # An old uv lacks what is used here; ours is then made in .uv.
 UV := $(shell uv venv --help 2>/dev/null | grep -q -e --clear && command -v uv || echo .uv/bin/uv)
 export OMP_NUM_THREADS ?= 1
+# A test module stays in one process: its fixtures are whole runs.
+PARALLEL ?= -n 2 --dist loadscope
 
-.PHONY: help install demo test slow check flwr141 fab bench curves constraints clean
+.PHONY: help install demo test slow docker check flwr141 fab bench curves constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -32,10 +34,13 @@ demo: install ## ten simulated devices learn a mask of a random network on digit
 	$(BIN)/fedmask run --method deltamask --data digits --clients 10 --rounds 20 --out runs/demo --overwrite
 
 test: install ## the default tests, under ten minutes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
-slow: install ## the slow tests
-	$(BIN)/python -m pytest -m slow
+slow: install ## the slow tests, without those on containers
+	$(BIN)/python -m pytest -m "slow and not docker"
+
+docker: install ## the tests on containers; they start an engine where there is none
+	$(BIN)/python -m pytest -m docker
 
 check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .
@@ -44,7 +49,7 @@ check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
-	$(VENV141)/bin/python -m pytest -m "flower and not slow and not each_method"
+	$(VENV141)/bin/python -m pytest $(PARALLEL) -m "flower and not slow and not each_method"
 	$(VENV141)/bin/python -m pytest -m slow tests/test_cli.py
 
 fab: install ## build the Flower App Bundle into dist/

@@ -1,0 +1,137 @@
+"""The compose stack under test: start it, start runs in it, break it, read what the runs wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TESTBED = ROOT.parent / "shared/testbed"
+IMAGE, BASE = "fedmask-test", "ci/python-torch:3.11"
+PATIENCE = float(
+    os.environ.get("FEDMASK_PATIENCE", "900")
+)  # seconds for what takes one minute when nothing else runs
+POLL = 0.5
+
+
+def sh(*command, check=True, timeout=PATIENCE, **env):
+    """Run a program; its output as text, or AssertionError with all it said."""
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, timeout=timeout,
+        stdin=subprocess.DEVNULL, env={**os.environ, **env},
+    )  # fmt: skip
+    assert not check or done.returncode == 0, (
+        f"{command}: {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    )
+    return done
+
+
+def docker(*command, **options):
+    return sh("docker", *command, **options).stdout.strip()
+
+
+def until(true, what, patience=PATIENCE):
+    """Wait until ``true()`` is, and give it."""
+    deadline = time.monotonic() + patience
+    while not (found := true()):
+        assert time.monotonic() < deadline, f"not within {patience:g} s: {what}"
+        time.sleep(POLL)
+    return found
+
+
+class Stack:
+    """One project of compose files, its runs in ``folder``."""
+
+    def __init__(self, name, folder, *files, **env):
+        self.name, self.folder = name, folder
+        self.files = files or ("compose.yaml",)
+        self.env = {"FEDMASK_IMAGE": IMAGE, "FEDMASK_RUNS": str(folder), "FEDMASK_PORT": "0", **env}
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o777)  # the containers' user is another
+
+    def compose(self, *command, **options):
+        files = [part for name in self.files for part in ("-f", str(ROOT / "docker" / name))]
+        return sh("docker", "compose", "-p", self.name, *files, *command, **options, **self.env)
+
+    def container(self, service):
+        return f"{self.name}-{service}-1"
+
+    def up(self, *services):
+        self.compose("up", "-d", "--wait", *(services or ("superlink", "serverapp", "node0", "node1", "node2")))
+
+    def down(self):
+        self.compose("down", "-v", "--timeout", "5", "--remove-orphans")
+
+    def start(self, name, **config):
+        """Start a run in a container of its own, as the service ``run`` does; give the container's name."""
+        told = {"out": f"/runs/{name}", "clients": 3, "data": "digits", "round-timeout": 300.0}
+        told |= {key.replace("_", "-"): value for key, value in config.items()}
+        file = self.folder / f"{name}.toml"
+        file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items()))
+        runner = f"{self.name}-{name}"
+        self.compose("run", "-d", "--no-deps", "--name", runner, "-e", f"FEDMASK_RUN=/runs/{name}.toml", "run")
+        return runner
+
+    def lines(self, name):
+        """The run's own record, a line a round."""
+        file = self.folder / name / "metrics.jsonl"
+        whole = (
+            [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            if file.exists()
+            else []
+        )
+        return [json.loads(line) for line in whole]
+
+    def await_round(self, name, number):
+        until(lambda: len(self.lines(name)) >= number, f"round {number} of {name}")
+
+    def training(self, service):
+        """Whether a client process works in that node's container: the warm server's child, or Flower's program."""
+        told = docker("top", self.container(service), "-o", "pid,args", check=False)
+        return "flwr-clientapp" in told or told.count("fedmask_flwr.warm.server") > 1
+
+    def finish(self, runner):
+        """Wait for a run's end and give its exit status."""
+        return int(docker("wait", runner, timeout=4 * PATIENCE))
+
+    def finished(self, runner):
+        """Wait for a run that completes."""
+        status = self.finish(runner)
+        assert status == 0, docker("logs", "--tail", "60", runner) + self.logs()
+        return self.lines(runner.removeprefix(f"{self.name}-"))
+
+    def logs(self, *services):
+        return self.compose("logs", "--no-color", "--tail", "40", *services).stdout
+
+
+def engine():
+    """Make a container engine answer; give what stops it when this started it. No engine is a failure."""
+    script = TESTBED / "engine.sh"
+    if sh("docker", "info", check=False).returncode == 0 if _has_docker() else False:
+        return None
+    if not script.exists():
+        pytest.fail("no container engine answers: start Docker, or set DOCKER_HOST")
+    os.environ["DOCKER_HOST"] = sh("bash", script, "host").stdout.strip()
+    if _has_docker() and sh("docker", "info", check=False).returncode == 0:
+        return None
+    sh("bash", script, "up")
+    return lambda: sh("bash", script, "down")
+
+
+def _has_docker():
+    return any((Path(folder) / "docker").exists() for folder in os.environ["PATH"].split(os.pathsep))
+
+
+def build():
+    """Build the image, on the stand-in base image where the test bed is."""
+    env = {"FEDMASK_IMAGE": IMAGE}
+    if "BASE_IMAGE" not in os.environ and (TESTBED / "engine.sh").exists():
+        if sh("docker", "image", "inspect", BASE, check=False).returncode:
+            sh("bash", TESTBED / "engine.sh", "base")
+        env |= {"BASE_IMAGE": BASE, "PIP_EXTRA_INDEX_URL": ""}
+    sh("docker", "compose", "-f", ROOT / "docker/compose.yaml", "build", "superlink", timeout=4 * PATIENCE, **env)
