@@ -225,7 +225,7 @@ class KnowledgeBase:
         rows = self.sketches[np.isin(self.ids, ids)].astype(np.float64)
         mean = rows.mean(axis=0) if len(rows) > 1 else None
         likeness = (centred(rows, mean) * centred(own, mean)).sum(axis=1)
-        return ids[np.lexsort([ids, -likeness])[: max(k, 0)]]
+        return ids[np.lexsort([ids, -likeness.round(6)])[: max(k, 0)]]  # rounded: machines add in different ways
 
     def entry(self, id: int) -> tuple[Packed, Floats]:  # noqa: A002
         """Bits (ceil(numel/8),) and values of an entry: read-only views. KeyError when there is none."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
-from stack import IMAGE, docker
+from stack import IMAGE, Stack, docker
 
 pytestmark = [pytest.mark.slow, pytest.mark.docker]
 NODES = ("node0", "node1", "node2")
@@ -14,8 +15,19 @@ MB = 1 << 20
 
 
 @pytest.fixture
-def with_data(stack, tmp_path):
-    """Images as large as CIFAR-10's on every volume that is for data."""
+def stack(image, tmp_path):
+    """A stack of small devices, with images as large as CIFAR-10's on every volume that is for data."""
+    found = Stack(f"fedmask-small-{os.getpid()}", tmp_path / "runs", FEDMASK_NODE_MEMORY="512m")
+    try:
+        found.compose("create")
+        fill(found, tmp_path)
+        found.up()
+        yield found
+    finally:
+        found.down()
+
+
+def fill(stack, tmp_path):
     draw = np.random.default_rng(3)
     for split, n in (("train", 600), ("test", 100)):
         y = np.arange(n) % 10
@@ -23,13 +35,10 @@ def with_data(stack, tmp_path):
         np.savez(tmp_path / f"{split}.npz", x=x.astype(np.float32), y=y)
     for owner in ("server", *NODES):
         where = "-v", f"{tmp_path}:/in:ro", "-v", f"{stack.name}_{owner}-data:/data"
-        fill = "sh", "-c", "cp /in/*.npz /data/ && chmod a+r /data/*"
-        docker("run", "--rm", "--user", "0", *where, IMAGE, *fill)
-    return stack
+        docker("run", "--rm", "--user", "0", *where, IMAGE, "sh", "-c", "cp /in/*.npz /data/ && chmod a+r /data/*")
 
 
-def test_half_a_gigabyte(with_data):
-    stack = with_data
+def test_half_a_gigabyte(stack):
     runner = stack.start("large", data="npz", data_dir="/data", model="conv6", num_server_rounds=2, local_epochs=1)
     lines = stack.finished(runner)
     assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(3, 0), (3, 0)]

@@ -60,7 +60,9 @@ def test_image_holds_no_secret(image):
     told = docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", image) + docker("inspect", image)
     assert not [word for word in SECRETS if word.lower() in told.lower()]
     places = "/opt/fedmask/share /opt/fedmask/bin /data /memory /runs /state /keys /tmp"
-    held = docker("run", "--rm", "--network", "none", image, "sh", "-c", f"find {places} -type f; ls /src 2>&1")
+    held = docker(
+        "run", "--rm", "--network", "none", image, "sh", "-c", f"find {places} -type f; ls /src 2>&1 || true"
+    )
     assert not [line for line in held.splitlines() if line.endswith((".key", ".pem", ".safetensors", ".db"))]
     assert "No such file" in held.splitlines()[-1]
 
