@@ -26,7 +26,8 @@ def figures(rows):
     """One run: its last evaluation, what it forgot, what it sent (MB, all clients, all rounds)."""
     judged = [row for row in rows if "client_loss" in row]
     found = {name: judged[-1][f"client_{name}"] for name in FIGURES if f"client_{name}" in judged[-1]}
-    found["loss_base_first"] = judged[0]["client_loss_base"]
+    if "client_loss_base" in judged[0]:
+        found["loss_base_first"] = judged[0]["client_loss_base"]
     found |= {f"forgetting_{kind}": value for kind, value in forgetting(judged).items()}
     found["up_mb"] = sum(row["uplink_bytes"] for row in rows) / 1e6
     found["down_mb"] = sum(row["downlink_bytes"] for row in rows) / 1e6
