@@ -27,6 +27,11 @@ def scenario_of(config: RunConfig) -> data.Scenario | None:
         return None
     found = data.scenario(config.scenario)
     found.task_at(0, 1, config.num_server_rounds)
+    if config.adapt_epochs > 0:
+        raise ConfigError(
+            "in a scenario nothing is fine-tuned before it is tested, since the data of earlier tasks are gone: "
+            "leave adapt-epochs at -1"
+        )
     if found.lag and config.task_identity == "told":
         raise ConfigError(
             f"in scenario {found.name} clients change tasks at different times (lag {found.lag}), so the server "

@@ -15,7 +15,7 @@ from .data import Dataset, epoch_batches
 from .masks import derive
 
 EVAL_BATCH = 1000
-STEPS = 1 << 20  # masks are cycled by step; a round starts at a multiple, so that devices of any size are in phase
+STEPS = 1048583  # masks are cycled by step, from a multiple of this prime on: devices of any size are in phase
 Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(model, x, y) -> loss of each example in nats (n,), and whether it is right (n,), None of a density."""
 

@@ -141,7 +141,10 @@ def train_turn(msg: Message, context: Context) -> Message:
     if device.scenario is not None and device.config.task_identity == "found":
         turn.load()
         turn.observe(device.losses("train")[0])
-    loss = device.train(turn.optimizer(), turn.turn, device.config.local_epochs)
+    optimizer = turn.optimizer()
+    if device.scenario is not None:
+        turn.mark(device.task)
+    loss = device.train(optimizer, turn.turn, device.config.local_epochs)
     return turn.reply(len(device.examples("train")), {"train_loss": loss})
 
 

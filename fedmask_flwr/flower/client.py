@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.common.logger import log
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from fedmask_flwr.wire import WireError, pack
 
 from .records import ARRAYS, CONFIG, MASKS, METRICS, frame_of, frame_record, read_broadcast, read_plan
 
+MARK = "mark."
 ERROR, RAISED = 40, 2  # logging.ERROR; Flower's code for "the ClientApp raised an exception"
 Handler = Callable[[Message, Context], Message]
 
@@ -76,6 +78,17 @@ class MaskTurn:
         """Tasks for which this device has a network of its own, ascending; (): it has one for all."""
         return self.method.tasks(self._memory)
 
+    @property
+    def marks(self) -> dict[int, int]:
+        """Which task of this device's own a number stands for that ``mark`` was told."""
+        named = {name: value for name, value in self._memory.items() if name.startswith(MARK)}
+        return {int(name.removeprefix(MARK)): int(value[0]) for name, value in named.items()}
+
+    def mark(self, number: int) -> None:
+        """Note under which ``number`` others, such as a scenario, know the present task; after ``optimizer``."""
+        if self.tasks:
+            self._memory[f"{MARK}{number}"] = np.array(self.tasks[-1:], np.int64)
+
     def observe(self, losses: Tensor) -> bool:
         """Tell the method the loaded network's losses on what it is to be trained on, (n,) nats.
 
@@ -114,8 +127,7 @@ class MaskTurn:
         if self._optimizer is None:
             raise RuntimeError("reply() before optimizer(): nothing was trained")
         payload = self.method.finish(self._got, self._model, self._optimizer, self.turn, self._memory)
-        if self._memory:
-            self._disk.keep(self.turn.round, self._memory)
+        # Packed first: a turn whose reply cannot be sent (a loss that is no number) must not be remembered.
         frame = pack(
             payload,
             digest=self._digest,
@@ -123,6 +135,8 @@ class MaskTurn:
             known=self.method.known(self._got, self.turn, self._memory),
             codecs=self.plan.codecs(self.method),
         )
+        if self._memory:
+            self._disk.keep(self.turn.round, self._memory)
         content = RecordDict({ARRAYS: frame_record(frame, self.method.numel)})
         return self._answer(content, num_examples, metrics)
 

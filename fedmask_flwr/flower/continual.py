@@ -22,8 +22,10 @@ def met(device: Device, turn: MaskTurn) -> dict[str, float]:
     """
     networks = turn.tasks or (None,)
     rows = range(device.task + 1)
-    # A device may have met fewer tasks, or found more, than there were: the network of the last one up to j.
-    own = [max((i for i, t in enumerate(turn.tasks) if t <= j), default=0) for j in rows]
+    # The network that was trained on it last; where there is none (it was not asked then), that of the task before.
+    marks = turn.marks
+    trained = [marks[max((m for m in marks if m <= j), default=min(marks))] if marks else j for j in rows]
+    own = [turn.tasks.index(task) if task in turn.tasks else 0 for task in trained]
     found: list[list[tuple[Tensor, Tensor | None]]] = [[] for _ in rows]
     for task in networks:
         turn.load(task=task)

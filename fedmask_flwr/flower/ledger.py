@@ -16,6 +16,7 @@ from fedmask_flwr.wire import BitCodec, Payload, WireError
 from .records import ARRAYS, CONFIG, MASKS, METRICS, flower_bytes, frame_of, read_reply
 
 WARNING = 30
+MOST, LONGEST = 256, 64  # metrics of a reply that are heard, characters of a name
 
 
 @dataclass(slots=True)
@@ -182,9 +183,10 @@ def integer(reply: Message, name: str) -> int:
 
 
 def finite(reply: Message) -> dict[str, float]:
-    """The float metrics of a reply that are numbers."""
+    """The float metrics of a reply that are numbers; a client cannot make a run's files grow with more."""
     metrics = reply.content.metric_records[METRICS]
-    return {name: v for name, v in metrics.items() if isinstance(v, float) and math.isfinite(v)}
+    named = sorted(name for name in metrics if len(name) <= LONGEST)[:MOST]
+    return {name: v for name in named if isinstance(v := metrics[name], float) and math.isfinite(v)}
 
 
 def measured(reply: Message) -> dict[str, float]:

@@ -16,7 +16,7 @@ from .records import METRICS
 
 INFO, WARNING = 20, 30
 POLL = 1.0  # seconds between looks at the grid
-TRIES = 3  # an app without a query handler must not cost a message in every round
+TRIES, AGAIN = 3, 10  # an app without a query handler must not cost a message in every round; one that was away may
 
 
 class Roster:
@@ -66,12 +66,17 @@ class Roster:
         order = permutation(derive(self.seed, purpose, server_round), len(nodes))
         return [nodes[i] for i in order[:size]]
 
+    def gave_up(self, nodes: Sequence[int]) -> bool:
+        """Say whether no node ever told its number, although these were asked ``TRIES`` times."""
+        return not self.told and all(self._asked[node] >= TRIES for node in nodes)
+
     def identify(self, grid: Grid, nodes: Sequence[int]) -> None:
-        """Ask those of ``nodes`` that have not told their client number yet, each up to ``TRIES`` times."""
-        unknown = [node for node in nodes if node not in self.told and self._asked[node] < TRIES]
+        """Ask those of ``nodes`` that have not told their client number: ``TRIES`` times, then now and again."""
+        strangers = [node for node in nodes if node not in self.told]
+        unknown = [node for node in strangers if self._asked[node] < TRIES or self._asked[node] % AGAIN == 0]
+        self._asked.update(strangers)
         if not unknown:
             return
-        self._asked.update(unknown)
         asked = [Message(RecordDict(), node, "query") for node in unknown]
         for reply in grid.send_and_receive(asked, timeout=self.node_timeout):
             record = None if reply.has_error() else reply.content.metric_records.get(METRICS)

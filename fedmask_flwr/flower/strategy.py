@@ -298,7 +298,7 @@ class MaskStrategy(Strategy):
             self.roster.identify(grid, nodes)
             sampled, nodes = nodes, [node for node in nodes if node in self.roster.told]
             self._silent = len(sampled) - len(nodes)
-            if not nodes:
+            if not nodes and self.roster.gave_up(sampled):
                 raise RuntimeError(
                     f"method {self.plan.method} tells each client its own, but no node told its number: register "
                     "fedmask_flwr.flower.identify as the ClientApp's query handler"

@@ -122,6 +122,7 @@ class Weit(WeitServer, ABC):
         dense["sketch"] = sketch(memory[f"A.{past.task}"], SKETCH, 0) if probe else np.zeros(0, np.float32)
         done = [*past.earlier, *([past.task] if got.meta.get("last") == 1 else [])]
         left = sorted(set(done) - set(_ids(got, "came").tolist())) if not turn.private else []
+        left = [task for task in left if task == past.task or f"end.{task}" in memory]  # others came
         for task in set(past.earlier) - set(left):
             memory.pop(f"end.{task}", None)
         if left:
@@ -152,11 +153,11 @@ class Weit(WeitServer, ABC):
         write_tensors(self.local(model), local)
 
     def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:
-        """``capacity``: floats that all tasks need, (B and every A that is not 0) over those of one network."""
+        """``capacity``: floats that the networks of all tasks are made of, over those of one network."""
         past = self._recollect(memory)
-        sparse = sum(int((np.abs(memory[f"A.{i}"]) > self.config.prune_below).sum()) for i in past.tasks)
-        own = sum(memory[f"{kind}.{i}"].size for i in past.tasks for kind in ("m", "local"))
-        floats = self.structure.numel + sparse + own
+        made_of = ("A", "m", "local", "K")
+        own = sum(memory[f"{kind}.{i}"].size for i in past.tasks for kind in made_of if f"{kind}.{i}" in memory)
+        floats = self.structure.numel + own + sum(memory[f"kb.{i}.values"].size for i in past.held)
         return {"model_bits": 32.0 * floats, "capacity": floats / self.floats}
 
 

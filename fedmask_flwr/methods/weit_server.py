@@ -25,6 +25,7 @@ SLOTS = 64  # entries of knowledge in one message; what is more follows in the n
 SKETCH = 512  # floats that stand for an A where entries are compared
 FOUND = -1  # the task that a server names where devices find theirs themselves
 LATEST = 2**20  # tasks are numbered below
+LARGEST = 1e30  # of a weight: sums over clients and tasks must stay finite
 Flags = npt.NDArray[np.bool_]
 
 
@@ -79,6 +80,7 @@ class WeitServer(Method[WeitState], ABC):
     State = WeitState
     Config: ClassVar[type[MethodConfig]] = WeitConfig
     personal: ClassVar[bool] = True
+    exact: ClassVar[bool] = True  # a column's bit says how many values follow
     modes: ClassVar[tuple[Mode, ...]] = ()
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
@@ -201,7 +203,8 @@ class WeitServer(Method[WeitState], ABC):
             return found[:0], k > 0
         chosen = np.intersect1d(found, _of(state.chosen, client))
         # Until it is chosen anew it goes on with what it holds: attention that was learned is not thrown away.
-        return (chosen, False) if len(chosen) else (np.intersect1d(found, _of(state.holds, client))[:k], k > 0)
+        use = chosen if len(chosen) else np.intersect1d(found, _of(state.holds, client))[:k]
+        return use, len(chosen) < k
 
     def _present(self, state: WeitState, client: int) -> bool:
         """Whether the client, when last heard, was at the task that it is now told."""
@@ -220,6 +223,8 @@ class WeitServer(Method[WeitState], ABC):
         if finished > task:
             raise WireError(f"task {finished} cannot be finished in task {task}")
         size = int(self.flags(p)[self.column].sum())
+        if not (np.abs(p.dense["base"]) <= LARGEST).all():
+            raise WireError(f"a weight above {LARGEST:g}: check the training (learning rate, loss)")
         if p.dense["base"].size != size:
             raise WireError(f"{p.dense['base'].size} values for columns of {size}")
         if ("where" in p.bits) != (finished >= 0):

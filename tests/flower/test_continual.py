@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, MetricRecord, RecordDict
 from loopback import LoopbackGrid
 from rounds import Killed, frame_of, run, without_clock
 from safetensors.numpy import load_file
@@ -21,9 +21,12 @@ from fedmask_flwr.config import ConfigError
 from fedmask_flwr.export import ExportError, read_run
 from fedmask_flwr.flower.continual import met
 from fedmask_flwr.flower.device import Device
+from fedmask_flwr.flower.ledger import MOST, finite
 from fedmask_flwr.flower.records import frame_record
+from fedmask_flwr.flower.strategy import MaskStrategy
 from fedmask_flwr.made import made
 from fedmask_flwr.methods.weit_server import WeitState
+from fedmask_flwr.train import STEPS
 from fedmask_flwr.wire import Frame
 
 pytestmark = pytest.mark.flower
@@ -114,14 +117,22 @@ def test_every_task_is_evaluated_and_the_figures_agree(whole):
 
 
 @pytest.mark.parametrize(
-    ("tasks", "own"), [((0, 1, 2), (0, 1, 2)), ((1, 2), (0, 0, 1)), ((0, 1), (0, 1, 1)), ((), (0,) * 3)]
+    ("tasks", "marks", "own"),
+    [
+        ((0, 1, 2), {0: 0, 1: 1, 2: 2}, (0, 1, 2)),
+        ((1, 2), {1: 1, 2: 2}, (0, 0, 1)),  # it joined late
+        ((0, 1), {0: 0, 1: 1}, (0, 1, 1)),  # it was not asked in the last one
+        ((0, 1, 2), {0: 1, 1: 2}, (1, 2, 2)),  # it found a task too many in the first
+        ((0, 1), {0: 0, 1: 0, 2: 1}, (0, 0, 1)),  # it missed one
+        ((), {}, (0, 0, 0)),
+    ],
 )
-def test_figures_are_those_of_the_definition(tasks, own):
+def test_figures_are_those_of_the_definition(tasks, marks, own):
     """A device at task 2 with networks of ``tasks``: which one judges each task, and the mixture by its sum."""
     rng, count = np.random.default_rng(0), max(len(tasks), 1)
     nll = rng.gamma(2.0, 1.5, (count, 3, 7))  # of a network, on a task, of an example
     loaded = []
-    turn = SimpleNamespace(tasks=tasks, load=lambda task: loaded.append(task))  # noqa: PLW0108
+    turn = SimpleNamespace(tasks=tasks, marks=marks, load=lambda task: loaded.append(task))  # noqa: PLW0108
     device = SimpleNamespace(task=2, losses=lambda split, j: (torch.from_numpy(nll[len(loaded) - 1, j]), None))
     found = met(device, turn)
     assert loaded == list(tasks or (None,))
@@ -468,3 +479,34 @@ def test_a_device_s_network_of_a_task_can_be_exported(whole):
         read_run(folder, client=1, task=7)
     with pytest.raises(ExportError, match="add --client"):
         read_run(folder, task=0)
+
+
+def test_a_turn_that_diverged_is_not_remembered(tmp_path):
+    """Its reply cannot be sent; the device goes on from what it knew before."""
+    lines, _ = go(tmp_path / "run", learning_rate=1e30, num_server_rounds=2, fraction_evaluate=0.0)
+    assert [line["clients_failed"] for line in lines] == [3, 3]
+    assert not list((tmp_path / "run/memory").rglob("*.safetensors"))
+
+
+def test_codecs_that_flip_bits_are_refused():
+    with pytest.raises(ValueError, match="fedweit needs an exact codec"):
+        MaskStrategy("fedweit", tiny.net(), codec="fuse8")
+
+
+def test_a_reply_s_metrics_are_bounded():
+    many = {f"m{i:04d}": 1.0 for i in range(1000)} | {"long" * 40: 1.0}
+    reply = SimpleNamespace(content=RecordDict({"metrics": MetricRecord(many)}))
+    heard = finite(reply)
+    assert len(heard) == MOST
+    assert "m0000" in heard
+
+
+@pytest.mark.parametrize("masks", [2, 3, 8, 32])
+def test_every_mask_of_a_cycle_is_trained(masks):
+    steps = {(turn * STEPS + step) % masks for turn in range(1, 51) for step in range(3)}
+    assert len(steps) == masks
+
+
+def test_nothing_is_fine_tuned_in_a_scenario(tmp_path):
+    with pytest.raises(ConfigError, match="leave adapt-epochs at -1"):
+        go(tmp_path / "run", method="fedavg", adapt_epochs=2)

@@ -188,6 +188,20 @@ def test_who_wants_to_be_private_never_sends_an_entry():
     assert devices[0].held() == [0], "it may still use what others give"
 
 
+def test_who_is_no_longer_private_goes_on():
+    """What it kept to itself then is not sent later."""
+    device, state = Device(METHOD, 0, private=True), METHOD.init()
+    state = play(METHOD, [device], state, ROUNDS + 1, different, steps=1)
+    device.private = False
+    for _ in range(ROUNDS - 1):
+        state = begun(METHOD, state)
+        reply = device.turn(state, 2, 1)
+        assert reply.meta["finished"] == (1 if state.last else -1)
+        state = folded(METHOD, state, {0: reply})
+    assert METHOD.tasks(device.memory) == (0, 1)
+    assert state.knowledge.tasks(0) == (1,)
+
+
 def test_late_joiners_and_who_was_not_asked_get_what_they_missed():
     devices = [Device(METHOD, k) for k in range(3)]
     state = play(METHOD, devices[:2], METHOD.init(), ROUNDS, different, steps=1)
