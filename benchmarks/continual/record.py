@@ -49,6 +49,7 @@ def record(name, folder):
     for label, seed, told, rows in runs(folder):
         found.setdefault(label, {})[seed] = figures(rows)
         config = {k: v for k, v in told.items() if k not in (*NOT_WHAT, "method", "seed")}
+    config["scenario"] = Path(config["scenario"]).name  # a table's folder is this machine's
     kept = {"settings": config, "runs": found, "attention": last_attention(folder)}
     (RESULTS / f"continual-{name}.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
     columns = [c for c in next(iter(next(iter(found.values())).values())) if c != "clients_failed"]
