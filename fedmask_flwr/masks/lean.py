@@ -1,4 +1,4 @@
-"""torch's optimisers without torch's compiler, whose import takes half as long as torch's own.
+"""torch's optimisers without torch's compiler, whose import takes nearly as long as torch's own.
 
 A client process lives for one message and compiles nothing, yet the first optimiser that is made, and its first
 step, import the compiler: to mark methods as not to be compiled, and where a graph would end. The numbers are the
