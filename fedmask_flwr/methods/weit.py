@@ -122,7 +122,7 @@ class Weit(WeitServer, ABC):
         dense["sketch"] = sketch(memory[f"A.{past.task}"], SKETCH, 0) if probe else np.zeros(0, np.float32)
         done = [*past.earlier, *([past.task] if got.meta.get("last") == 1 else [])]
         left = sorted(set(done) - set(_ids(got, "came").tolist())) if not turn.private else []
-        left = [task for task in left if task == past.task or f"end.{task}" in memory]  # others came before, or were private
+        left = [task for task in left if task == past.task or f"end.{task}" in memory]  # not what is gone
         for task in set(past.earlier) - set(left):
             memory.pop(f"end.{task}", None)
         if left:
