@@ -17,7 +17,6 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from typer.testing import CliRunner
 
-from fedmask_flwr import data
 from fedmask_flwr.checks import (
     CHECKS,
     Asked,
@@ -37,6 +36,7 @@ from fedmask_flwr.checks import (
 )
 from fedmask_flwr.cli import app
 from fedmask_flwr.config import load_config
+from fedmask_flwr.data.files import OFFLINE
 from fedmask_flwr.masks import model_digest
 from fedmask_flwr.memory import DeviceMemory
 from fedmask_flwr.methods import resolve
@@ -561,8 +561,7 @@ def test_everything(tmp_path, monkeypatch):
 @pytest.fixture
 def inline(monkeypatch):
     """The stages in this process, which has torch already."""
-    for room in (data.files, data.sets):
-        monkeypatch.setattr(room, "download", None)  # to be put back
+    monkeypatch.setenv(OFFLINE, "1")
     monkeypatch.setattr(software, "import_seconds", lambda: (1.0, {"torch": 1.0}))
     for room in (machine, content):
         monkeypatch.setattr(room, "trial", lambda asked: dict(trial.run(asked.flat())))

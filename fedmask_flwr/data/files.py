@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from .dataset import DataError, Split
 
-__all__ = ["cache_dir", "download", "need", "read_mnist"]
+__all__ = ["OFFLINE", "cache_dir", "download", "need", "read_mnist"]
 
+OFFLINE = "FEDMASK_OFFLINE"  # set and not empty: nothing is fetched
 _IDX_UINT8 = 0x08
 _MAX_IDX_BYTES = 1 << 31
 
@@ -99,7 +100,9 @@ def cache_dir() -> Path:
 
 
 def download(klass: str, split: Split, root: Path) -> None:
-    """Have torchvision fetch its set `klass` to `root`; raises `DataError` when it cannot."""
+    """Have torchvision fetch its set `klass` to `root`; raises `DataError` when it cannot, or `OFFLINE` is set."""
+    if os.environ.get(OFFLINE):
+        raise DataError(f"{klass} is not in {root}: put its files there, or give the folder that has them")
     datasets = need("torchvision.datasets", klass)
     try:
         root.mkdir(parents=True, exist_ok=True)
