@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TESTBED = ROOT.parent / "shared/testbed"
-IMAGE, BASE = "fedmask-test", "ci/python-torch:3.11"
+IMAGE, BASE = os.environ.get("FEDMASK_TEST_IMAGE", "fedmask-test"), "ci/python-torch:3.11"
 PATIENCE = float(
     os.environ.get("FEDMASK_PATIENCE", "900")
 )  # seconds for what takes one minute when nothing else runs
