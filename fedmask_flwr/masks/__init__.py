@@ -11,6 +11,7 @@ from .backbone import freeze as freeze
 from .backbone import initialise as initialise
 from .backbone import model_digest as model_digest
 from .backbone import weights_digest as weights_digest
+from .closeness import closeness as closeness
 from .cost import count_macs as count_macs
 from .cost import count_parameters as count_parameters
 from .coupling import Coupling as Coupling
@@ -27,6 +28,10 @@ from .keyed import words as words
 from .keyed import words_torch as words_torch
 from .optim import MaskOptimizer as MaskOptimizer
 from .optim import Ste as Ste
+from .sampled import Draws as Draws
+from .sampled import divergence as divergence
+from .sampled import pick as pick
+from .sampled import replay as replay
 from .slim import filter_scores as filter_scores
 from .slim import gather as gather
 from .slim import mask_filters as mask_filters
@@ -48,6 +53,7 @@ __all__ = [
     "Backbone",
     "Coupling",
     "Draw",
+    "Draws",
     "Entry",
     "Granularity",
     "Key",
@@ -63,11 +69,13 @@ __all__ = [
     "Structure",
     "WeitOptimizer",
     "bernoulli",
+    "closeness",
     "compose",
     "count_macs",
     "count_parameters",
     "couple",
     "derive",
+    "divergence",
     "filter_scores",
     "freeze",
     "frozen_weights",
@@ -77,6 +85,8 @@ __all__ = [
     "mask_values",
     "model_digest",
     "permutation",
+    "pick",
+    "replay",
     "scatter",
     "settle",
     "slim_",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import blake2b
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -83,11 +83,14 @@ def _mix_(x: Words, t: Words) -> None:
             x *= factor
 
 
-def _hash_(x: Words, t: Words, key: Key) -> None:
-    """Turn counters into words, in place; the same code runs on numpy arrays and on torch tensors."""
-    x ^= key.k0
+def hash_(x: Words, t: Words, key: Key | tuple[Words, Words]) -> None:
+    """Turn counters into words, in place; the same code runs on numpy arrays and on torch tensors.
+
+    ``key`` may hold two int32 arrays: a key a counter. ``t`` is scratch.
+    """
+    x ^= key[0]
     _mix_(x, t)
-    x ^= key.k1
+    x ^= key[1]
     _mix_(x, t)
 
 
@@ -117,7 +120,7 @@ class Scratch:
         """Words ``start .. start+n-1``, ``n <= CHUNK``; valid until the next call."""
         x = self._x[:n]
         np.add(self._base[:n], np.int32(_signed(start)), out=x)
-        _hash_(x, self._t[:n], key)
+        hash_(x, self._t[:n], key)
         return x
 
 
@@ -148,11 +151,11 @@ def words_torch(key: Key, n: int, device: torch.device | str, start: int = 0) ->
     """
     check_range(n, start)
     x = torch.arange(start, start + n, dtype=torch.int64, device=device).to(torch.int32)
-    _hash_(x, torch.empty_like(x), key)
+    hash_(x, torch.empty_like(x), key)
     return x
 
 
-def thresholds(theta: NDArray[np.float64]) -> NDArray[np.int32]:
+def thresholds(theta: NDArray[np.floating[Any]]) -> NDArray[np.int32]:
     """Int32 cuts t with P(word < t) = theta to within 2**-32; theta in [0, 1], same shape.
 
     ``t = clip(floor(theta * 2**32), 0, 2**32 - 1) - 2**31``: theta = 0 never fires, theta = 1 fails
@@ -163,11 +166,17 @@ def thresholds(theta: NDArray[np.float64]) -> NDArray[np.int32]:
     ValueError
         theta holds a NaN.
     """
-    cut = np.floor(np.asarray(theta, np.float64) * 2.0**32)
-    if np.isnan(cut).any():
-        raise ValueError("theta holds NaN: a probability must lie in [0, 1]")
-    shifted: NDArray[np.int32] = (np.clip(cut, 0, 2.0**32 - 1) - 2.0**31).astype(np.int32)
-    return shifted
+    theta = np.asarray(theta)
+    flat, out = theta.reshape(-1), np.empty(theta.size, np.int32)
+    for a in range(0, theta.size, CHUNK):
+        cut = np.multiply(flat[a : a + CHUNK], 2.0**32, dtype=np.float64)
+        np.floor(cut, out=cut)
+        if np.isnan(cut).any():
+            raise ValueError("theta holds NaN: a probability must lie in [0, 1]")
+        np.clip(cut, 0, 2.0**32 - 1, out=cut)
+        cut -= 2.0**31
+        out[a : a + CHUNK] = cut
+    return out.reshape(theta.shape)
 
 
 def bernoulli(key: Key, thresholds: NDArray[np.int32], start: int = 0) -> NDArray[np.bool_]:

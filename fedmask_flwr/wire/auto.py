@@ -1,18 +1,24 @@
-"""The encode-side choice ``auto``: the smallest exact codec by analytic size, nothing is coded twice."""
+"""The encode-side choice ``auto``: the smallest exact codec by expected size, nothing is coded twice."""
 
 from __future__ import annotations
 
 from .base import BitCodec
 from .bits import Bits, ones_per_layer
+from .context import ContextCodec
 from .entropy import EntropyCodec
 from .packed import PackedCodec
 from .rice import RiceCodec
 from .sideinfo import SideInfo
 
 _CANDIDATES: tuple[BitCodec, ...] = (PackedCodec(), RiceCodec(), EntropyCodec())
+_BY_CLASS = ContextCodec()
 
 
 def choose(bits: Bits, known: SideInfo) -> BitCodec:
-    """Codec of ``bits``, ``rice`` and ``entropy`` with the smallest expected body; the plainest on a tie."""
-    ones = ones_per_layer(known.delta(bits), known.sizes)
-    return min(_CANDIDATES, key=lambda c: c.size(ones, known))
+    """Codec of ``bits``, ``rice``, ``entropy``, ``context`` with the smallest expected body."""
+    delta = known.delta(bits)
+    ones = ones_per_layer(delta, known.sizes)
+    sizes = [(c.size(ones, known), c) for c in _CANDIDATES]
+    if any(ones):
+        sizes.append((_BY_CLASS.measure(delta, known), _BY_CLASS))
+    return min(sizes, key=lambda found: found[0])[1]

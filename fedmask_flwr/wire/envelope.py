@@ -58,6 +58,8 @@ def unwrap(data: Body, envelope: int, cap: int) -> Body:
         return _from_zstd(data, cap)
     if envelope != NONE:
         raise WireError(f"unknown envelope {envelope}; the sender runs a newer version")
+    if len(data) > cap:
+        raise WireError(f"a body has {len(data)} bytes, at most {cap} are possible here")
     return data
 
 

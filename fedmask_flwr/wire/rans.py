@@ -19,6 +19,7 @@ TOTAL = 1 << 16
 _MAX_LANES = 4096
 _MAX_STEPS = 1 << 14  # bounds the time of a decode: a step costs microseconds however few lanes there are
 _LANE_BYTES = 600  # payload a lane, so that its 4-byte state stays near 0.5 %
+_BLOCK = 1 << 20  # symbols whose 64-bit places are in memory at a time
 
 Tables = NDArray[np.uint32]
 """Shape (contexts, symbols): frequencies of each context, every row sums to TOTAL."""
@@ -46,22 +47,24 @@ def encode(
     `contexts` None means row 0 throughout. A symbol of frequency 0 is a ValueError.
     """
     _check_tables(tables)
-    n, index = symbols.size, symbols.astype(np.intp)
+    n, index = symbols.size, symbols.astype(np.uint32)
     if contexts is not None:
-        index += contexts.astype(np.intp) * tables.shape[1]
+        index += contexts * np.uint32(tables.shape[1])
     freqs = tables.reshape(-1)
-    used = np.bincount(index, minlength=freqs.size)
+    used = np.zeros(freqs.size, np.int64)
+    for start in range(0, n, _BLOCK):
+        used += np.bincount(index[start : start + _BLOCK], minlength=freqs.size)
     live = used > 0
     if not freqs[live].all():
         raise ValueError("a symbol to be coded has frequency 0")
     size = float((used[live] * (16 - np.log2(freqs[live]))).sum()) / 8
     lanes = lane_count(n, round(size, 3))  # rounded: the last place of log2 differs between machines
-    freq_of = freqs[index]
-    cum_of = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)[index]
+    cums = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)
     state = np.full(lanes, TOTAL, np.uint32)
     words: list[NDArray[np.uint16]] = []
     for row in range((n - 1) // lanes * lanes, -1, -lanes):
-        freq, cum = freq_of[row : row + lanes], cum_of[row : row + lanes]
+        at = index[row : row + lanes]
+        freq, cum = freqs[at], cums[at]
         x = state[: freq.size]
         full = np.flatnonzero((x >> 16) >= freq)
         if full.size:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from .base import Codec
+from .context import ContextCodec
 from .counts import CountsCodec
 from .dense import Float32Codec
 from .entropy import EntropyCodec
@@ -22,6 +23,7 @@ _ALL: tuple[Codec, ...] = (
     PackedCodec(),
     RiceCodec(),
     EntropyCodec(),
+    ContextCodec(),
     Fuse8Codec(),
     Fuse16Codec(),
     CountsCodec(),

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .bits import Bits, check_bits
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SideInfo:
-    """Layer sizes in bits, in order, and the packed mask both ends hold (None means all zeros)."""
+    """Layer sizes in bits, in order, and the packed mask both ends hold (None means all zeros).
+
+    ``classes``, called only where it is used, gives (d,) uint8: equal numbers where, as far as both ends know, a
+    value is equally likely, and neighbouring numbers where it is nearly so.
+    """
 
     sizes: tuple[int, ...]
     reference: Bits | None = None
+    classes: Callable[[], NDArray[np.uint8]] | None = None
 
     def __post_init__(self) -> None:
         if any(size < 0 for size in self.sizes):

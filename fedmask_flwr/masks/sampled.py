@@ -1,0 +1,139 @@
+"""A mask by its number in a list that both ends can draw: minimal random coding.
+
+Havasi, Peharz, Hernandez-Lobato, "Minimal Random Code Learning", ICLR 2019, arXiv 1810.00440; for masks in federated
+learning: Isik et al., arXiv 2306.12625 (KLMS).
+
+Both ends know theta_g. The positions fall into blocks; of every block, N candidate masks are drawn from Bern(theta_g)
+with keyed uniforms. The client picks one with probability proportional to Bern(theta_k)(m) / Bern(theta_g)(m) and
+sends its number, log2 N bits: about a sample of theta_k where log N is well above the block's
+KL(theta_k || theta_g). It says little of any single weight, so it costs the square of the change, where flips cost
+the change itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .keyed import CHUNK, Key, Scratch, check_range, derive, hash_, thresholds, words
+
+_CACHED = 1 << 15  # positions that are hashed at a time: what that takes stays in a core's L2
+_JUDGED = 4096  # blocks that the scale of the log weights is found on
+
+__all__ = ["Draws", "divergence", "pick", "replay"]
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """How the candidates are drawn: ``size`` candidates of each of ``blocks`` blocks, named by ``key``."""
+
+    key: Key
+    blocks: int
+    size: int
+
+    def block_of(self, d: int) -> NDArray[np.int32]:
+        """Block of each position, (d,): by lot, so that blocks are alike whatever the layers' shapes."""
+        check_range(d, 0)
+        out, scratch, key = np.empty(d, np.int32), Scratch(d), derive(*self.key, "block")
+        for a in range(0, d, CHUNK):
+            n = min(CHUNK, d - a)
+            lot = scratch.words(key, n, a).view(np.uint32).astype(np.uint64)
+            out[a : a + n] = lot * np.uint64(self.blocks) >> np.uint64(32)
+        return out
+
+    def candidates(self) -> list[Key]:
+        """The key of each candidate, the same for all blocks."""
+        return [derive(*self.key, c) for c in range(self.size)]
+
+
+def divergence(theta_k: NDArray[np.float64], theta_g: NDArray[np.float64]) -> NDArray[np.float64]:
+    """KL(Bern(theta_k) || Bern(theta_g)) in bits, elementwise; theta_g in (0, 1)."""
+    k, g = np.clip(theta_k, 1e-12, 1.0 - 1e-12), theta_g
+    found: NDArray[np.float64] = k * np.log2(k / g) + (1.0 - k) * np.log2((1.0 - k) / (1.0 - g))
+    return found
+
+
+def pick(
+    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], chance: Key
+) -> NDArray[np.uint32]:
+    """Choose a candidate for every block: (blocks,) uint32.
+
+    ``theta_g`` and ``theta_k`` are (d,) in (0, 1); ``chance`` is the client's own. Among few candidates, those chosen
+    by weight move less than theta_k asks for; the log weights are therefore scaled until the expected log weight is
+    that of a sample of theta_k. The change so keeps its size at any number of blocks that can carry it, and shrinks
+    below. Positions where nothing changed cost nothing; the others ``size`` hashes each.
+    """
+    scores, wanted = _scores(draws, theta_g, theta_k)
+    scores *= np.float32(_scale(scores, wanted))
+    for c in range(draws.size):
+        scores[c] += _gumbel(derive(*chance, c), draws.blocks)
+    chosen: NDArray[np.uint32] = np.argmax(scores, axis=0).astype(np.uint32)
+    return chosen
+
+
+def _scores(
+    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64]
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
+    k = np.clip(theta_k, 1e-12, 1.0 - 1e-12)
+    gain = np.log(k / theta_g) - np.log((1.0 - k) / (1.0 - theta_g))  # of a one over a zero
+    block = draws.block_of(theta_g.size)
+    wanted = np.bincount(block, gain * k, minlength=draws.blocks).astype(np.float32)
+    moved = np.flatnonzero(gain)
+    moved = moved[np.argsort(block[moved], kind="stable")]
+    present, starts = np.unique(block[moved], return_index=True)
+    scores = np.zeros((draws.size, draws.blocks), np.float32)
+    stride = max(1, _CACHED * present.size // max(moved.size, 1))
+    for first in range(0, present.size, stride):
+        blocks = present[first : first + stride]
+        edge = starts[first + stride] if first + stride < starts.size else moved.size
+        here = moved[starts[first] : edge]
+        at = starts[first : first + stride] - starts[first]
+        place, cuts = here.astype(np.uint32).view(np.int32), thresholds(theta_g[here])
+        weight = gain[here].astype(np.float32)
+        x, scratch, ones = np.empty_like(place), np.empty_like(place), np.empty(here.size, np.bool_)
+        value = np.empty_like(weight)
+        for c, key in enumerate(draws.candidates()):
+            np.copyto(x, place)
+            hash_(x, scratch, key)
+            np.less(x, cuts, out=ones)
+            np.multiply(weight, ones, out=value)
+            scores[c, blocks] = np.add.reduceat(value, at)
+    return scores, wanted
+
+
+def _scale(scores: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """The factor with which a choice by weight has the expected log weight ``wanted``, on the whole; at most 64."""
+    rows, target = scores[:, :_JUDGED], float(wanted[:_JUDGED].sum(dtype=np.float64))
+    low, high = 0.0, 6.0  # log2
+    for _ in range(16):
+        middle = (low + high) / 2
+        weight = rows * np.float32(2.0**middle)
+        np.exp(weight - weight.max(axis=0), out=weight)
+        reached = float(((weight * rows).sum(axis=0) / weight.sum(axis=0)).sum(dtype=np.float64))
+        low, high = (middle, high) if reached < target else (low, middle)
+    return float(2.0**high)
+
+
+def _gumbel(key: Key, n: int) -> NDArray[np.float32]:
+    """Standard Gumbel variables, (n,): the largest of log weight + Gumbel is a draw by weight."""
+    u = (words(key, n).astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
+    return (-np.log(-np.log(u))).astype(np.float32)
+
+
+def replay(draws: Draws, theta_g: NDArray[np.float64], chosen: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """The mask that ``chosen`` (blocks,) stands for: (d,) bool, the same bits on every machine."""
+    keys = draws.candidates()
+    k0 = np.array([key.k0 for key in keys], np.int32)[chosen]
+    k1 = np.array([key.k1 for key in keys], np.int32)[chosen]
+    block, d = draws.block_of(theta_g.size), theta_g.size
+    out = np.empty(d, np.bool_)
+    base, scratch = np.arange(min(d, CHUNK), dtype=np.int32), np.empty(min(d, CHUNK), np.int32)
+    for a in range(0, d, CHUNK):
+        of = block[a : a + CHUNK]
+        x = base[: of.size] + np.uint32(a).view(np.int32)
+        hash_(x, scratch[: of.size], (k0[of], k1[of]))
+        np.less(x, thresholds(theta_g[a : a + CHUNK]), out=out[a : a + CHUNK])
+    return out
