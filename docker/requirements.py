@@ -1,7 +1,7 @@
 """Say what the image installs, for pip: ``needed.txt`` and ``pinned.txt`` of pyproject.toml and constraints.txt.
 
-torchvision is left out unless it is named as an argument: only its own networks and data sets need it. Where the
-base image has torch, that very build stays. Arguments are packages to install besides.
+Where the base image has torch, that very build stays. Arguments are packages to install besides, or instead of a
+requirement of the same name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-
-UNASKED = "torchvision"
 
 
 def name_of(requirement: str) -> str:
@@ -24,7 +22,7 @@ def name_of(requirement: str) -> str:
 def main(extra: list[str]) -> None:
     """Write both files to the current folder."""
     project = tomllib.loads(Path("pyproject.toml").read_text("utf-8"))["project"]
-    needed = [line for line in project["dependencies"] if name_of(line) not in {UNASKED, *map(name_of, extra)}]
+    needed = [line for line in project["dependencies"] if name_of(line) not in set(map(name_of, extra))]
     pinned = Path("constraints.txt").read_text("utf-8").splitlines()
     try:
         torch = version("torch")

@@ -21,13 +21,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from fedmask_flwr.disk import append
 from fedmask_flwr.simulation.stage import stage
 
 POLL = 5.0  # seconds; each look costs a second of CPU (a fresh `flwr`)
 LAST_WORDS = 30.0  # seconds that the rest of a run's log may take
+ROOM = 30.0  # seconds for somebody to free a disk, before each further try
 LINK = "fedmask"
 LOG = "flower.log"  # in the run's folder, as `fedmask run` does
 STARTED = ".flower-run"  # in the run's folder: the id of the run that was started last
+MASK = "mask.fedmask"  # in the run's folder: its result
+MOST = 1 << 20  # bytes of the log that are kept for a disk that is full
 
 
 def say(text: str) -> None:
@@ -73,8 +77,11 @@ def start(app: Path, file: Path, note: Path) -> str:
         if reason and not any(word in reason.lower() for word in ("connect", "unavailable", "timed out")):
             sys.exit(f"Flower refused the run: {reason}")
         return ""
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(found, "utf-8")
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(found, "utf-8")
+    except OSError as error:  # the run goes on; only this program, started again, would not know it
+        say(f"{note} was not written ({error}): free the disk")
     say(f"run {found} started; its folder is {note.parent}")
     return found
 
@@ -91,23 +98,26 @@ def status_of(run: str) -> tuple[str, str]:
 def follow(run: str, log: Path, ended: threading.Event) -> None:
     """Pass a run's log on until it has ended."""
     command = [str(Path(sys.executable).with_name("flwr")), "log", run, LINK, "--stream"]
-    seen = 0
+    seen, pending, full = 0, b"", False
     while True:
         last = ended.is_set()
-        with (
-            subprocess.Popen(  # noqa: S603
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            ) as child,
-            log.open("a", encoding="utf-8") as sink,
-        ):
+        with subprocess.Popen(  # noqa: S603
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        ) as child:
             assert child.stdout is not None
             for number, line in enumerate(child.stdout):
                 if number < seen:  # after a SuperLink's restart the stream begins at the start again
                     continue
                 seen = number + 1
                 print(line, end="", flush=True)
-                sink.write(line)
-                sink.flush()
+                pending = (pending + line.encode())[-MOST:]
+                try:
+                    append(log, pending)
+                    pending, full = b"", False
+                except OSError as error:
+                    if not full:
+                        say(f"{log} takes nothing ({error}): free the disk; the log is kept until then")
+                    full = True
         if last:
             return
         ended.wait(POLL)
@@ -152,11 +162,14 @@ def main() -> None:
             while not (run := run or start(app, file, note)):
                 time.sleep(POLL)
             status, details = watch(run, folder / LOG)
-            if status == "finished:completed":
+            if status == "finished:completed" and (config.get("compare") or (folder / MASK).exists()):
                 return
+            if lost := status == "finished:completed":
+                details = f"{MASK} was not saved: is the disk of {folder} full?"
             if status == "finished:stopped" or left == 0:
                 sys.exit(f"run {run} did not complete ({status}: {details}); {folder / LOG} says why")
             say(f"run {run} did not complete ({status}: {details}); starting it again, {left} tries are left")
+            time.sleep(ROOM if lost else 0.0)
             left, run = left - 1, ""
 
 

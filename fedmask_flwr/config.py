@@ -85,6 +85,9 @@ class RunConfig(BaseModel):
     )
     node_timeout: float = Field(600.0, gt=0.0, description="seconds to wait for min-nodes")
     round_timeout: float = Field(3600.0, gt=0.0, description="seconds to wait for a round's replies")
+    max_silent_rounds: int = Field(
+        3, ge=0, description="rounds in a row without one usable reply that end a run as failed; 0: none does"
+    )
     codec: str = Field(
         "auto", description="codec of the uplink bits: auto, bits, rice, entropy, fuse8, fuse16, ..."
     )

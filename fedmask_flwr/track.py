@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .checkpoint import load_state, save_state, write_atomic
+from .disk import append
 
 S = TypeVar("S")
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
 MASK, CURVE, LOCK, TOKEN = "mask.fedmask", "curve.png", ".lock", ".run"
 log = logging.getLogger(__name__)
-_TIMEOUTS, _OPERATIONS = ("node-timeout", "round-timeout"), ("metrics-port", "metrics-address", "log-format")
+_TIMEOUTS = ("node-timeout", "round-timeout", "max-silent-rounds")
+_OPERATIONS = ("metrics-port", "metrics-address", "log-format")
 WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", *_TIMEOUTS, *_OPERATIONS})
 
 
@@ -97,14 +99,7 @@ class RunDir:
         self._flush()
 
     def _flush(self) -> None:
-        with (self.path / METRICS).open("a") as file:
-            end = file.tell()
-            try:
-                file.write(self._pending)
-                file.flush()
-            except OSError:
-                file.truncate(end)
-                raise
+        append(self.path / METRICS, self._pending.encode())
         self._pending = ""
 
     def save(self, state: Any, meta: Mapping[str, Any]) -> None:

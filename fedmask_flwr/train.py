@@ -9,12 +9,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from .data import Dataset, epoch_batches
 from .masks import derive
 
 EVAL_BATCH = 1000
+EVAL_INPUTS = 1 << 18  # numbers in a batch of inputs, 85 images of CIFAR-10: a small device evaluates too
 STEPS = 1048583  # masks are cycled by step, from a multiple of this prime on: devices of any size are in phase
 Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 """(model, x, y) -> loss of each example in nats (n,), and whether it is right (n,), None of a density."""
@@ -96,7 +98,7 @@ def classified(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor |
 def each(model: nn.Module, x: Tensor, y: Tensor, losses: Losses | None = None) -> tuple[Tensor, Tensor | None]:
     """Loss of every example in nats (n,), float64, and whether it is right (n,)."""
     model.eval()
-    parts = [(losses or classified)(model, x[rows], y[rows]) for rows in chunks(len(y), y.device)]
+    parts = [(losses or classified)(model, x[rows], y[rows]) for rows in chunks(model, x)]
     found = [right for _, right in parts if right is not None]
     return torch.cat([loss.double() for loss, _ in parts]), torch.cat(found) if found else None
 
@@ -107,9 +109,19 @@ def evaluate(model: nn.Module, x: Tensor, y: Tensor, losses: Losses | None = Non
     return float(loss.mean()), None if right is None else float(right.double().mean())
 
 
-def chunks(n: int, device: torch.device) -> Iterator[Tensor]:
-    """Rows in even parts: batch norm of a seeded network uses the batch, and cannot use a batch of one."""
-    yield from torch.arange(n, device=device).tensor_split(-(-n // EVAL_BATCH))
+def chunks(model: nn.Module, x: Tensor) -> Iterator[Tensor]:
+    """Rows of x (n, *in_shape) in even parts.
+
+    Batch norm of a seeded network uses the batch, and cannot use a batch of one: its parts are as large as ever.
+    """
+    size = EVAL_BATCH
+    if x.device.type == "cpu" and not any(_uses_batch(module) for module in model.modules()):
+        size = min(size, max(1, EVAL_INPUTS // x[0].numel()))
+    yield from torch.arange(len(x), device=x.device).tensor_split(-(-len(x) // size))
+
+
+def _uses_batch(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.running_mean is None
 
 
 def tensors(x: npt.NDArray[np.float32], y: npt.NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:

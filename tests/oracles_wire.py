@@ -75,6 +75,57 @@ def rans_encode(symbols: list[int], contexts: list[int], tables: list[list[int]]
     return varint(lanes) + struct.pack(f"<{lanes}I", *states) + struct.pack(f"<{len(words)}H", *words)
 
 
+def byte_table(p: int) -> list[int]:
+    """Frequencies of the bytes of a layer whose ones have probability p / 65536."""
+    freqs = [max(1, p ** (k := b.bit_count()) * (65536 - p) ** (8 - k) >> 112) for b in range(256)]
+    freqs[0 if p <= 32768 else 255] += 65536 - sum(freqs)
+    return freqs
+
+
+def entropy_encode(layers: list[list[int]], ps: list[int], lanes: int) -> bytes:
+    """The entropy body for given levels, from its description."""
+    symbols: list[int] = []
+    contexts: list[int] = []
+    for layer, p in zip(layers, ps, strict=True):
+        if p not in (0, 65535):
+            symbols += pack(layer)
+            contexts += [p] * -(-len(layer) // 8)
+    head = struct.pack(f"<{len(ps)}H", *ps)
+    rows = sorted(set(contexts))
+    if not rows:
+        return head
+    return head + rans_encode(symbols, [rows.index(p) for p in contexts], [byte_table(p) for p in rows], lanes)
+
+
+def context_groups(body: bytes) -> list[tuple[int, bool]]:
+    """Classes joined in each group of a context body of under 128 groups, and whether it is by rANS."""
+    return [(b // 2 + 1, bool(b % 2)) for b in body[1 : 1 + body[0]]]
+
+
+def context_encode(
+    delta: list[int],
+    classes: list[int],
+    groups: list[tuple[int, bool]],
+    ps: list[int],
+    lanes: int,
+    params: list[int],
+) -> bytes:
+    """The context body for given groups and the parameters of what they are coded with."""
+    occurring = sorted(set(classes))
+    dense, sparse = [], []
+    for joined, by_rans in groups:
+        members, occurring = occurring[:joined], occurring[joined:]
+        (dense if by_rans else sparse).append([f for f, c in zip(delta, classes, strict=True) if c in members])
+    assert not occurring
+    out = varint(len(groups)) + bytes(2 * (joined - 1) + by_rans for joined, by_rans in groups)
+    if dense:
+        body = entropy_encode(dense, ps, lanes)
+        out += varint(len(body)) + body
+    if sparse:
+        out += rice_encode([f for layer in sparse for f in layer], tuple(map(len, sparse)), params)
+    return out
+
+
 def murmur64(h: int) -> int:
     mask = 2**64 - 1
     h ^= h >> 33

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torchvision
 
 from fedmask_flwr.data import DataError, keyed_rng, load
+from fedmask_flwr.data.files import need
 
 MNIST = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "mnist"
 
@@ -92,6 +94,16 @@ def test_download_fails_clearly(tmp_path, monkeypatch, name, klass):
     monkeypatch.setattr(torchvision.datasets, klass, refuse)
     with pytest.raises(DataError, match=r"no network.*--data-dir"):
         load(name, "train", str(tmp_path))
+
+
+def test_without_torchvision_the_extra_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.datasets", None)
+    with pytest.raises(DataError, match=r"cifar10 needs torchvision: pip install 'fedmask-flwr\[vision\]'"):
+        (tmp_path / "cifar-10-batches-py").mkdir()
+        load("cifar10", "test", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"digits needs sklearn: pip install 'fedmask-flwr\[sim\]'"):
+        need("sklearn.datasets", "digits")
 
 
 def test_cifar10(tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -48,6 +50,12 @@ def test_resolution():
     )
     assert backbone("my.nets:build", "seed:1", (4,), 2).arch == "my.nets:build"
     hash(backbone("mlp", "seed:1", [4], 2))
+
+
+def test_without_torchvision_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    with pytest.raises(ValueError, match=r"needs torchvision: pip install 'fedmask-flwr\[vision\]'"):
+        backbone("torchvision:resnet18", "seed:1", (3, 32, 32), 7).build()
 
 
 def test_clear_refusals():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 
@@ -55,6 +56,14 @@ def test_importing_is_cheap(module, absent):
 def test_version_is_the_project_s():
     assert f'version = "{fedmask_flwr.__version__}"' in (ROOT / "pyproject.toml").read_text()
     assert (ROOT / "fedmask_flwr/py.typed").exists()
+
+
+def test_a_device_s_install_is_without_torchvision():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    holders = {name for name, lines in extras.items() if any(line.startswith("torchvision") for line in lines)}
+    assert holders == {"sim", "vision"}
+    assert not any(line.startswith("torchvision") for line in project["dependencies"])
 
 
 def test_no_lock_file_and_no_host_name_is_kept():

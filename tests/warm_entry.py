@@ -10,7 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-WARM = "numpy" in sys.modules  # imported by the server, before this module was
+WARM = "colorsys" in sys.modules  # imported by the warm server alone, before this module was
+
+
+def proc(name):
+    path = Path("/proc/self") / name
+    return path.read_text() if path.exists() else ""
 
 
 def main():
@@ -29,6 +34,7 @@ def main():
     said = {
         "argv": sys.argv, "mine": os.environ.get("MINE"), "pid": os.getpid(), "parent": os.getppid(), "warm": WARM,
         "random": random.random(), "numpy": drawn, "child": child,
+        "title": proc("cmdline").strip("\0"), "oom": int(proc("oom_score_adj") or 0),
     }  # fmt: skip
     out = Path(sys.argv[sys.argv.index("--out") + 1])
     out.with_suffix(".part").write_text(json.dumps(said))

@@ -11,15 +11,15 @@ BLOCK = 1 << 17  # bytes of packed mask unpacked at a time: 1 MB of scratch, wha
 class VoteCounter:
     """M_i = sum_k m_k,i over a stream of masks of ``numel`` bits.
 
-    Keeps one byte a position and widens to uint32 every 255 masks, so memory is 5 bytes a parameter however
-    many clients vote.
+    Keeps one byte a position and widens to uint32 every 255 masks, so memory is one byte a parameter, and from the
+    255th mask on 5, however many clients vote.
     """
 
     def __init__(self, numel: int) -> None:
         self.numel = numel
         self.masks = 0
         self._low = np.zeros(numel, np.uint8)
-        self._total = np.zeros(numel, np.uint32)
+        self._total: npt.NDArray[np.uint32] | None = None
 
     def add(self, bits: npt.NDArray[np.uint8]) -> None:
         """Add one packed mask: ceil(numel / 8) bytes, little bit order.
@@ -41,10 +41,12 @@ class VoteCounter:
             self._flush()
 
     def votes(self) -> npt.NDArray[np.uint32]:
-        """Return M, shape (numel,), values 0..masks."""
-        self._flush()
-        return self._total.copy()
+        """Return M, shape (numel,), values 0..masks; the caller's own."""
+        total = self._low.astype(np.uint32)
+        if self._total is not None:
+            total += self._total
+        return total
 
     def _flush(self) -> None:
-        self._total += self._low
+        self._total = self.votes()
         self._low[:] = 0

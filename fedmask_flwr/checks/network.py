@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import socket
 import ssl
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import Asked, Finding, check, endpoint, fail, ok, skip, warn
+from .signed import AHEAD, BEHIND, ahead
 from .software import PORTS, speaks
 
 if TYPE_CHECKING:
@@ -24,7 +26,6 @@ __all__ = ["channel", "clock", "reach", "tls"]
 
 SECONDS = 4.0
 SOON = 30  # days before a certificate ends
-AHEAD, BEHIND = 5, 305  # seconds that Flower allows the clock of a node that signs its messages
 _SLACK = 60.0  # seconds: file systems of other machines, written pages
 _NO_ADDRESS = "not asked: give --superlink HOST:PORT"
 _NOT_YET, _EXPIRED, _OTHER_NAME, _OTHER_ADDRESS = 9, 10, 62, 64  # OpenSSL's X509_V_ERR_*
@@ -248,18 +249,18 @@ def clock(asked: Asked) -> Finding:
     if latest > now + _SLACK:
         return fail(f"{here} is {latest - now:.0f} s before {what}", remedy)
     try:
-        theirs = _date(asked)
+        off = _off(asked, now)
     except OSError:
-        theirs = None  # the channel's finding says why
-    if theirs is not None:
-        off = now - theirs.timestamp()
-        seen = f"{here}, {abs(off):.0f} s {'ahead of' if off > 0 else 'behind'} the SuperLink's"
+        off = None  # the channel's finding says why
+    if off is not None:
+        far = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'}" if math.isfinite(off) else "hours from"
+        seen = f"{here}, {far} the SuperLink's"
         return ok(seen) if -BEHIND < off < AHEAD else fail(seen, remedy)
     seen = f"{here}, after {what}"
     unknown = (
         ""
         if not asked.superlink
-        else "; gRPC does not tell the SuperLink's time, so compare `date -u` on both machines"
+        else "; without node keys a SuperLink does not tell its time: compare `date -u` on both machines"
     )
     if _disciplined():
         return ok(f"{seen}; the kernel says that a time service keeps it{unknown}")
@@ -287,14 +288,19 @@ def _issued(asked: Asked) -> list[tuple[float, str]]:
     return [] if shown is None else [(shown.not_valid_before_utc.timestamp(), "the server's certificate starts")]
 
 
-def _date(asked: Asked) -> datetime | None:
-    if not asked.superlink or speaks() != "http":
+def _off(asked: Asked, now: float) -> float | None:
+    """Seconds by which this clock is ahead of the SuperLink's, by HTTP's Date or what it says to signed calls."""
+    if not asked.superlink:
         return None
     from .peer import peer
 
     secure = peer(*endpoint(asked.superlink)).kind == "tls"
+    if speaks() == "grpc":
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        roots = None if asked.root_certificates is None else asked.root_certificates.read_bytes()
+        return ahead(asked.superlink, roots, secure=secure, wait=SECONDS)
     _, date = _health(asked, secure)
-    return parsedate_to_datetime(date) if date else None
+    return now - parsedate_to_datetime(date).timestamp() if date else None
 
 
 def _disciplined() -> bool:

@@ -133,6 +133,6 @@ def need(module: str, what: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(
-            f"data set {what} needs {module.partition('.')[0]}: pip install 'fedmask-flwr[sim]'"
-        ) from error
+        package = module.partition(".")[0]
+        extra = "vision" if package == "torchvision" else "sim"
+        raise DataError(f"data set {what} needs {package}: pip install 'fedmask-flwr[{extra}]'") from error

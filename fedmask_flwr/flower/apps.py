@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,15 @@ from .continual import met
 from .device import Device
 from .strategy import EvaluateFn, MaskStrategy
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
 
 def serve(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes.
 
     Raises
     ------
-    ConfigError, DataError, RunDirError, CheckpointError, TimeoutError
+    ConfigError, DataError, RunDirError, CheckpointError, TimeoutError, SilenceError
         Each with the fix in its message; Flower marks the run as failed.
     """
     if context.run_config.get("seeds"):
@@ -47,6 +51,7 @@ def run_folder(context: Context) -> Path:
 def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
     """Run one federation into ``folder``, as ``serve`` does; ``flat`` is its run config."""
     config, settings = load_config(flat)
+    give_back()
     scenario = scenario_of(config)
     device = device_of(config.device)
     model = network(config, *shape(config)).to(device)
@@ -75,6 +80,7 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             clients=config.clients,
             same_masks=config.same_masks,
             node_timeout=config.node_timeout,
+            max_silent_rounds=config.max_silent_rounds,
             run_dir=run_dir,
             on_round=exporter.round if exporter else None,
             **settled(config, settings),
@@ -88,6 +94,13 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
         if exporter is not None:
             exporter.close()
         run_dir.close()
+
+
+def give_back() -> None:
+    """Have the C library give freed arrays back to the system; glibc comes to keep those of up to 32 MB."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no such option, and no such habit
+        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            ctypes.CDLL(None).mallopt(option, 1 << 20)
 
 
 def measuring(

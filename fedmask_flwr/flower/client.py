@@ -61,7 +61,8 @@ class MaskTurn:
         # What a round's evaluation may know, its training does not yet: a repeated round must repeat.
         self._memory = self._disk.recall(server_round + (msg.metadata.message_type.partition(".")[0] == "evaluate"))
         frame = frame_of(msg.content.array_records.get(ARRAYS))
-        self._got = read_broadcast(frame, self.method, self._memory, digest=self._digest, round_=server_round)
+        got = read_broadcast(frame, self.method, self._memory, digest=self._digest, round_=server_round)
+        self._got = self.method.complete(got, self.turn, self._memory)
         self._optimizer: Optimizer | None = None
 
     def optimizer(self, lr: float | None = None, name: str | None = None) -> Optimizer:

@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedmask_flwr.methods import Fields, Known, Memory, Method, Turn
+from fedmask_flwr.methods import Memory, Method
+from fedmask_flwr.methods.reading import read_fields
 from fedmask_flwr.plan import Plan
-from fedmask_flwr.wire import Frame, Payload, Received, WireError, unpack
+from fedmask_flwr.wire import Frame, Payload, WireError
 
 STYPE = "fedmask.frame/1"  # no numpy reader understands it, so nothing decodes a frame by mistake
 FRAME, ARRAYS, CONFIG, METRICS, MASKS = "frame", "arrays", "config", "metrics", "masks"
 
+R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
-def plan_record(plan: Plan, server_round: int, frame: bytes, numel: int) -> RecordDict:
-    """Put frame and plan into a message's content."""
-    config = ConfigRecord({"server-round": server_round, "plan": json.dumps(asdict(plan), sort_keys=True)})
-    return RecordDict({ARRAYS: frame_record(frame, numel), CONFIG: config})
+
+def plan_record(plan: Plan, server_round: int, frame: Array, config: Mapping[str, Any]) -> RecordDict:
+    """Put frame, plan and what else ``config`` says into a message's content."""
+    told: dict[str, Any] = {"server-round": server_round, "plan": json.dumps(asdict(plan), sort_keys=True)}
+    return RecordDict({ARRAYS: ArrayRecord({FRAME: frame}), CONFIG: ConfigRecord({**told, **config})})
 
 
 def read_plan(content: RecordDict) -> tuple[Plan, int]:
@@ -42,9 +45,23 @@ def read_plan(content: RecordDict) -> tuple[Plan, int]:
         ) from error
 
 
-def frame_record(frame: bytes, numel: int) -> ArrayRecord:
+def frame_array(frame: bytes, numel: int) -> Array:
     """One frame as one array: each further array would cost Flower 1-2 KB."""
-    return ArrayRecord({FRAME: Array(dtype="uint8", shape=(numel,), stype=STYPE, data=frame)})
+    return Array(dtype="uint8", shape=(numel,), stype=STYPE, data=frame)
+
+
+def frame_record(frame: bytes, numel: int) -> ArrayRecord:
+    """A record of that one array."""
+    return ArrayRecord({FRAME: frame_array(frame, numel)})
+
+
+def record(content: RecordDict, name: str, kind: type[R]) -> R | None:
+    """One record of a message, or None when there is none of that kind.
+
+    Flower's views of a content, such as ``array_records``, are in cycles: frames would stay until these are found.
+    """
+    found = content.get(name)
+    return found if isinstance(found, kind) else None
 
 
 def frame_of(arrays: ArrayRecord | None) -> bytes:
@@ -70,46 +87,10 @@ def read_broadcast(
     WireError
         When the frame is damaged, of another model or round, or holds other fields.
     """
-    if method.personal and not method.in_step(meta := Frame.parse(frame).meta, memory):
-        return Payload(meta=meta)
-    allowed = method.down(memory)
-    return _read(frame, allowed, method.heard(memory), digest, round_).payload
-
-
-def read_reply(
-    frame: bytes, method: Method[Any], got: Payload, turn: Turn, shared: Memory, *, digest: bytes
-) -> Received:
-    """Decode a client's reply to ``got``; ``shared`` is what the server holds of its memory.
-
-    Raises
-    ------
-    WireError
-        When the frame is damaged, of another model or round, or is not one of the replies that the method allows.
-    """
-    forms = method.up(got, shared)
-    allowed = {name: field for form in forms for name, field in form.items()}
-    require = {name: kind for name, (kind, _) in allowed.items()} if len(forms) == 1 else {}
-    received = _read(frame, allowed, method.known(got, turn, shared), digest, turn.round, require)
-    if not any(set(received.codecs) == set(form) for form in forms):
-        wanted = " or ".join(", ".join(form) or "nothing" for form in forms)
-        raise WireError(f"the reply holds {', '.join(received.codecs) or 'nothing'}, expected {wanted}")
-    return received
-
-
-def _read(
-    frame: bytes,
-    allowed: Fields,
-    known: Known,
-    digest: bytes,
-    round_: int | None,
-    require: Mapping[str, str] | None = None,
-) -> Received:
-    expect = {name: numel for name, (_, numel) in allowed.items()}
-    received = unpack(frame, digest=digest, round_=round_, known=known, expect=expect, require=require)
-    for name, codec in received.codecs.items():
-        if codec.kind != allowed[name][0]:
-            raise WireError(f"field {name!r} came as {codec.kind}, expected {allowed[name][0]}")
-    return received
+    parsed = Frame.parse(frame)
+    if method.personal and not method.in_step(parsed.meta, memory):
+        return Payload(meta=parsed.meta)
+    return read_fields(parsed, method.down(memory), method.heard(memory), digest=digest, round_=round_).payload
 
 
 def flower_bytes(content: RecordDict, frames: int) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -17,14 +17,26 @@ from torch import nn
 
 from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Known, Turn, View, resolve
+from fedmask_flwr.methods import Known, Turn, Update, View, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
 
-from .ledger import Ledger, answers, integer, measured, read_updates, same_masks, spread, weighted_means
-from .records import frame_of, frame_record, plan_record, read_broadcast
+from .ledger import (
+    Ledger,
+    answers,
+    destinations,
+    integer,
+    measured,
+    read_updates,
+    released,
+    same_masks,
+    spread,
+    weighted_means,
+)
+from .patience import Patience
+from .records import frame_array, frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
 INFO, ERROR = 20, 40
@@ -58,6 +70,8 @@ class MaskStrategy(Strategy):
         Nodes to wait for before the first round, when more than ``min_nodes``.
     same_masks
         Whether clients whose network has other structural masks (of a MADE) than this one's are refused.
+    max_silent_rounds
+        Rounds in a row without one usable reply that end the run with an error (0: none does).
     run_dir
         Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
     on_round
@@ -90,6 +104,7 @@ class MaskStrategy(Strategy):
         clients: int = 0,
         same_masks: bool = True,
         node_timeout: float = 600.0,
+        max_silent_rounds: int = 3,
         run_dir: RunDir | None = None,
         on_round: Callable[[Mapping[str, Any]], None] | None = None,
         **settings: Any,
@@ -113,6 +128,7 @@ class MaskStrategy(Strategy):
         self.fraction_train = fraction_train
         self.fraction_evaluate = fraction_evaluate or (0.0 if self.method.modes else 1.0)
         self.evaluate_every = evaluate_every
+        self.max_silent_rounds = max_silent_rounds
         self.run_dir, self._on_round = run_dir, on_round
         self.state = self.method.init()
         self.ledger = Ledger()
@@ -174,9 +190,11 @@ class MaskStrategy(Strategy):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Fold the readable replies into the state; unreadable ones are counted and logged."""
+        nodes, self._sent = destinations(self._sent), []
+        heard: list[int] = []
         updates = read_updates(
-            list(replies),
-            self._sent,
+            replies,
+            nodes,
             method=self.method,
             state=self.state,
             told=self._told(),
@@ -186,7 +204,10 @@ class MaskStrategy(Strategy):
             ledger=self.ledger,
             masks=self.plan.masks,
         )
-        self.state = self.method.aggregate(self.state, updates)
+        self.state = self.method.aggregate(self.state, _noting(updates, heard))
+        if self.method.personal:
+            missed = {self.roster.told[node] for node in nodes.values()}.difference(heard)
+            self.state = self.method.missed(self.state, sorted(missed))
         metrics = MetricRecord({**weighted_means(self.ledger.metrics), **self.ledger.line(self.method.numel)})
         return self._arrays(server_round), metrics
 
@@ -203,8 +224,9 @@ class MaskStrategy(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Means over clients, weighted by examples; broken replies are counted and left out."""
+        nodes, self._asked = destinations(self._asked), []
         metrics = []
-        for node, reply in answers(list(replies), self._asked):
+        for node, reply in answers(replies, nodes):
             self.ledger.receive(reply)
             try:
                 same_masks(reply, self.plan.masks)
@@ -232,9 +254,13 @@ class MaskStrategy(Strategy):
         ------
         TimeoutError
             When too few nodes come.
+        SilenceError
+            After ``max_silent_rounds`` rounds in a row without one usable reply. The checkpoint is of the last
+            round that had one.
         """
         self.plan = replace(self.plan, rounds=num_rounds)
-        first = self._resume() + 1
+        first = (kept := self._resume()) + 1
+        patience = Patience(min(self.max_silent_rounds, num_rounds), kept=kept)
         log(INFO, "Starting %s strategy at round %d of %d:", type(self).__name__, first, num_rounds)
         self.summary()
         result = Result()
@@ -242,18 +268,21 @@ class MaskStrategy(Strategy):
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if evaluate_fn and first == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
+        replies = partial(grid.send_and_receive, timeout=timeout)
         for current in range(first, num_rounds + 1):
             began = time.monotonic()
-            sent = self.configure_train(current, arrays, train_config, grid)
-            replies = grid.send_and_receive(sent, timeout=timeout)
-            aggregated, trained = self.aggregate_train(current, replies)
+            # Messages and replies get no name: they would stay in memory until the next round's come.
+            aggregated, trained = self.aggregate_train(
+                current, released(replies(self.configure_train(current, arrays, train_config, grid)))
+            )
             arrays = aggregated or arrays
             result.arrays = arrays
             line: dict[str, Any] = {"round": current} | dict(trained or {}) | {"round": current}
             if trained is not None:
                 result.train_metrics_clientapp[current] = trained
             if asked := self.configure_evaluate(current, arrays, evaluate_config, grid):
-                answered = self.aggregate_evaluate(current, grid.send_and_receive(asked, timeout=timeout))
+                answered = self.aggregate_evaluate(current, released(replies(asked)))
+                asked = []
                 line |= self.ledger.line(self.method.numel)
                 if answered is not None:
                     result.evaluate_metrics_clientapp[current] = answered
@@ -263,7 +292,11 @@ class MaskStrategy(Strategy):
                 line |= dict(measured)
             line |= self.method.figures(self.state)
             line["seconds"] = round(time.monotonic() - began, 3)
-            self._complete(line)
+            patience.look(current, self.ledger)
+            # A silent round is not checkpointed: whoever starts the run again gets it again.
+            self._complete(line, save=not patience.silent or (current == num_rounds and not patience.over))
+            if patience.over:
+                raise patience.error()
         if self.run_dir is not None:
             try:
                 self.run_dir.finish(self.result_frame(num_rounds))
@@ -284,9 +317,9 @@ class MaskStrategy(Strategy):
         return Turn(self.plan.seed, server_round, self.plan.rounds, 0)
 
     def _told(self) -> Callable[[int], Payload]:
-        """What each client was, or will be, broadcast in this round."""
+        """What each client knows, once it has read its message of this round."""
         if self.method.personal:
-            return partial(self.method.broadcast, self.state)
+            return partial(self.method.understood, self.state)
         same = self.method.broadcast(self.state)
         return lambda _: same
 
@@ -303,15 +336,19 @@ class MaskStrategy(Strategy):
                     f"method {self.plan.method} tells each client its own, but no node told its number: register "
                     "fedmask_flwr.flower.identify as the ClientApp's query handler"
                 )
-        told = partial(self.method.inquire, self.state) if kind == "evaluate" else self._told()
-        frame, messages = b"", []
+        say = partial(self.method.inquire if kind == "evaluate" else self.method.broadcast, self.state)
+        frame: Array | None = None
+        said: Payload | None = None
+        messages = []
         for node in nodes:
-            if self.method.personal or not frame:
-                client = self.roster.told.get(node, node)
-                shared = self.method.recall(self.state, client)
-                frame = self._pack(told(client), server_round, self.method.heard(shared))
-            content = plan_record(self.plan, server_round, frame, self.method.numel)  # one each: Flower may edit it
-            content.config_records["config"].update(config)
+            client = self.roster.told.get(node, node)
+            if self.method.personal or frame is None:
+                payload = say(client)
+                if frame is None or payload is not said:  # one array of all messages that say the same
+                    shared = self.method.recall(self.state, client)
+                    packed = self._pack(payload, server_round, self.method.heard(shared))
+                    frame, said = frame_array(packed, self.method.numel), payload
+            content = plan_record(self.plan, server_round, frame, config)  # one each: Flower may edit it
             messages.append(Message(content, node, kind))
         return messages
 
@@ -328,7 +365,7 @@ class MaskStrategy(Strategy):
         log(INFO, "resuming after round %d", meta["round"])
         return int(meta["round"])
 
-    def _complete(self, line: dict[str, Any]) -> None:
+    def _complete(self, line: dict[str, Any], *, save: bool) -> None:
         shown = ("accuracy_threshold", "uplink_bpp", "downlink_bpp", "clients_ok", "clients_failed", "seconds")
         log(INFO, "[round %d] %s", line["round"], ", ".join(f"{k} {line[k]:.4g}" for k in shown if k in line))
         if self._on_round is not None:
@@ -337,6 +374,13 @@ class MaskStrategy(Strategy):
             return
         try:
             self.run_dir.record(line)
-            self.run_dir.save(self.state, {"round": line["round"], "digest": self.digest.hex()})
+            if save:
+                self.run_dir.save(self.state, {"round": line["round"], "digest": self.digest.hex()})
         except OSError as error:  # a full disk must not cost the round that was just trained
             log(ERROR, "round %d was not saved (%s): free the disk; training goes on", line["round"], error)
+
+
+def _noting(updates: Iterable[Update], clients: list[int]) -> Iterator[Update]:
+    for update in updates:
+        clients.append(update.client)
+        yield update

@@ -116,8 +116,10 @@ class Backbone:
         arch = _ARCH.fullmatch(self.arch)
         assert arch is not None  # __post_init__ has checked the grammar
         if arch["name"]:
-            from torchvision.models import get_model, list_models
-
+            try:
+                from torchvision.models import get_model, list_models
+            except ImportError as error:
+                raise ValueError(f"{self.arch} needs torchvision: pip install 'fedmask-flwr[vision]'") from error
             if arch["name"] not in list_models():
                 raise ValueError(f"torchvision has no model {arch['name']!r}: see torchvision.models.list_models()")
             return partial(get_model, arch["name"])

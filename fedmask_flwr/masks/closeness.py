@@ -15,11 +15,11 @@ _ONE = int(np.float64(1.0).view(np.int64))
 def closeness(theta: NDArray[np.float64], key: Key, start: int = 0) -> NDArray[np.uint8]:
     """Class of each position by how far theta must move to flip its bit: (d,) uint8, 0 (near) .. 39 (far).
 
-    m = 1[u < theta] with word ``start + i`` of ``key`` as u. What counts is the factor r >= 1 between the odds of u and
-    of theta; a class is half an octave of r - 1, from 2^-8 to 2^12.
+    m = 1[u < theta] with word ``start + i`` of ``key`` as u. What counts is the factor r >= 1 between the odds of u
+    and of theta; a class is half an octave of r - 1, from 2^-8 to 2^12.
 
-    Only + - * / and comparisons of float64 decide, so both ends get the same classes on any IEEE machine; theta must
-    lie in (0, 1).
+    Only + - * / and comparisons of float64 decide, so both ends get the same classes on any IEEE machine; theta
+    must lie in (0, 1).
     """
     d = theta.size
     check_range(d, start)

@@ -60,14 +60,17 @@ class DrawRule:
         theta = probabilities(scores)
         return theta if self.pruned is None else theta.masked_fill_(self.pruned, 0.0)
 
-    def write_(self, scores: Tensor, key: Key, out: Tensor) -> None:
-        """Write the mask into `out`, (d,), as float32 zeros and ones; `key` is for sampling only."""
+    def write_(self, scores: Tensor, key: Key, out: Tensor, start: int = 0) -> None:
+        """Write the mask into `out`, as float32 zeros and ones; `key` is for sampling only.
+
+        `scores` and `out` are (n,), those from position `start` on.
+        """
         if self.draw == "threshold":
             torch.ge(scores, self.cut, out=out)
         else:
-            sample_(scores, key, out)
+            sample_(scores, key, out, start)
         if self.pruned is not None:
-            out.masked_fill_(self.pruned, 0.0)
+            out.masked_fill_(self.pruned[start : start + len(out)], 0.0)
 
     def state(self) -> dict[str, Any]:
         """What a saved state must share with the optimiser that takes it up; `support` is a digest."""
@@ -107,20 +110,21 @@ def pruned_off(support: Tensor | None, d: int, device: torch.device) -> Tensor |
     return pruned if bool(pruned.any()) else None
 
 
-def logits(theta: float | Tensor, d: int, device: torch.device) -> Tensor:
-    """logit(theta) in float64, one number or (d,), on `device`.
+def check_theta(theta: float | Tensor, d: int) -> Tensor:
+    """Give probabilities as a tensor, (d,) or of one number.
 
     Raises
     ------
     ValueError
         The wrong number of probabilities, or one outside [0, 1].
     """
-    p = torch.as_tensor(theta, dtype=torch.float64, device=device)
+    p = torch.as_tensor(theta, dtype=None if isinstance(theta, Tensor) else torch.float64)
     if p.shape not in ((), (d,)):
         raise ValueError(f"theta must be a number or {d} of them, got {tuple(p.shape)}")
-    if not bool(((p >= 0) & (p <= 1)).all()):
+    low, high = p.aminmax()  # NaN if there is one
+    if not bool((low >= 0) & (high <= 1)):
         raise ValueError("theta must lie in [0, 1]")
-    return torch.logit(p)
+    return p
 
 
 def check_scores(scores: Tensor, d: int) -> None:

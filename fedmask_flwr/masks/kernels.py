@@ -46,8 +46,10 @@ def probabilities(scores: Tensor) -> Tensor:
     return torch.from_numpy(out)
 
 
-def sample_(scores: Tensor, key: Key, out: Tensor) -> None:
+def sample_(scores: Tensor, key: Key, out: Tensor, start: int = 0) -> None:
     """Draw ``m ~ Bernoulli(sigmoid(s))`` into `out` as float32 zeros and ones, both (d,).
+
+    They take the words from `start` on.
 
     Equal to ``bernoulli(key, thresholds(probabilities(scores)))``; needs |s| <= 16.2, so that theta < 1.
 
@@ -58,9 +60,9 @@ def sample_(scores: Tensor, key: Key, out: Tensor) -> None:
     """
     d = len(scores)
     if scores.device.type != "cpu":
-        sample_torch_(scores, key, out)
+        sample_torch_(scores, key, out, start)
         return
-    check_range(d, 0)
+    check_range(d, start)
     s, m = scores.numpy(), out.numpy()
     n = min(d, CHUNK)
     scratch, theta = Scratch(n), np.empty(n, np.float32)
@@ -72,14 +74,14 @@ def sample_(scores: Tensor, key: Key, out: Tensor) -> None:
         c = cuts[:n]
         c[:] = _sigmoid(s[part], theta[:n], 2.0**32)
         c ^= np.uint32(1 << 31)
-        np.less(scratch.words(key, n, part.start), c.view(np.int32), out=bits[:n])
+        np.less(scratch.words(key, n, start + part.start), c.view(np.int32), out=bits[:n])
         m[part] = bits[:n]
 
 
-def sample_torch_(scores: Tensor, key: Key, out: Tensor) -> None:
+def sample_torch_(scores: Tensor, key: Key, out: Tensor, start: int = 0) -> None:
     """`sample_` in whole-vector torch operations, for accelerators."""
     cuts = torch.sigmoid(scores).double().mul_(2.0**32).floor_().clamp_(0, 2.0**32 - 1).sub_(2.0**31)
-    torch.lt(words_torch(key, len(scores), scores.device), cuts.to(torch.int32), out=out)
+    torch.lt(words_torch(key, len(scores), scores.device, start), cuts.to(torch.int32), out=out)
 
 
 def score_gradient_(g: Tensor, s: Tensor, p: Tensor, *, power: bool, penalty: float) -> None:

@@ -7,7 +7,6 @@ built for calibration and speed, not for cryptography: whoever sees enough words
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 CHUNK = 1 << 16  # words; 256 KB of int32 and its scratch stay in a core's L2
 _COUNTERS = 1 << 32
+_ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
 
 Words = TypeVar("Words", NDArray[np.int32], Tensor)
 
@@ -68,30 +68,36 @@ def derive(*parts: int | str | bytes) -> Key:
     return Key(int.from_bytes(digest[:4], "little", signed=True), int.from_bytes(digest[4:], "little", signed=True))
 
 
-def _mix_(x: Words, t: Words) -> None:
+def mix_(x: Words, t: Words) -> None:
     """One round of a 32-bit finaliser, in place, with `t` as scratch.
 
-    Shifts and odd multipliers are the published low-bias triple (Wellons, hash-prospector). A signed
-    shift followed by a mask is the logical shift that int32 tensors lack; products wrap.
+    Shifts and odd multipliers are the published low-bias triple (Wellons, hash-prospector); products wrap.
     """
-    shift: Callable[..., object] = np.right_shift if isinstance(x, np.ndarray) else torch.bitwise_right_shift
-    for bits, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - _COUNTERS), (16, 1)):
-        shift(x, bits, out=t)
-        t &= (1 << (32 - bits)) - 1
+    if isinstance(x, np.ndarray):
+        u, v = x.view(np.uint32), t.view(np.uint32)
+        for bits, factor in _ROUNDS:
+            np.right_shift(u, bits, out=v)
+            u ^= v
+            if factor != 1:
+                u *= factor
+        return
+    for bits, factor in _ROUNDS:
+        torch.bitwise_right_shift(x, bits, out=t)
+        t &= (1 << (32 - bits)) - 1  # the logical shift that int32 tensors lack
         x ^= t
         if factor != 1:
-            x *= factor
+            x *= _signed(factor)
 
 
-def hash_(x: Words, t: Words, key: Key | tuple[Words, Words]) -> None:
-    """Turn counters into words, in place; the same code runs on numpy arrays and on torch tensors.
+def hash_(x: Words, t: Words, key: Key | tuple[int, Words]) -> None:
+    """Turn counters into words, in place; for numpy arrays and for torch tensors, the same words.
 
-    ``key`` may hold two int32 arrays: a key a counter. ``t`` is scratch.
+    The second word of ``key`` may be an int32 array: one a counter. ``t`` is scratch.
     """
     x ^= key[0]
-    _mix_(x, t)
+    mix_(x, t)
     x ^= key[1]
-    _mix_(x, t)
+    mix_(x, t)
 
 
 def _signed(i: int) -> int:

@@ -8,7 +8,7 @@ step turns G into a score update and draws the next mask, or thresholds it: the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import isfinite, log
 from typing import Any, Literal, get_args, overload
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from .apply import frozen_weights
 from .backbone import freeze
-from .draw import Draw, DrawRule, check_scores, logits, pruned_off
+from .draw import Draw, DrawRule, check_scores, check_theta, pruned_off
 from .kernels import score_gradient_, slices
 from .keyed import CHUNK, Key, derive
+from .pieces import Layers
 from .spec import MaskSpec
 
 Ste = Literal["identity", "p"]
@@ -109,11 +110,11 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         d, device = spec.numel, current.device
         self._scores = torch.empty(d, device=device)
         self._moments = {name: torch.zeros(d, device=device) for name in self._moment_names()}
-        # Gradient on the way in, mask values on the way out; G*w is dead once the scores are updated.
-        self._work = torch.empty(d, device=device)
-        self._scratch = torch.empty(min(d, CHUNK) if device.type == "cpu" else d, device=device)
-        weights, work = spec.split_weights(current).values(), spec.split(self._work).values()
-        self._layers = list(zip(spec.names, params, weights, work, strict=True))
+        # Gradient on the way in, mask values on the way out, a slice at a time: a device pays for no third moment.
+        n = min(d, CHUNK) if device.type == "cpu" else d
+        self._layers = Layers(spec, params, current)
+        self._work = torch.empty(self._layers.room(n), device=device)
+        self._scratch = torch.empty(n, device=device)
         self.set_theta(theta)
 
     @property
@@ -162,8 +163,10 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         ValueError
             The wrong number of probabilities, or one outside [0, 1].
         """
-        s = logits(theta, self._spec.numel, self._scores.device)
-        self._scores.copy_(s.clamp_(-self._bound, self._bound).expand(self._scores.shape))
+        p = check_theta(theta, self._spec.numel)
+        for part in slices(self._spec.numel, self._scores.device):
+            s = torch.logit((p[part] if p.ndim else p).to(self._scores.device, torch.float64))
+            self._scores[part] = s.clamp_(-self._bound, self._bound)
         self._write_mask()
 
     @torch.no_grad()
@@ -184,8 +187,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
     @torch.no_grad()
     def restore(self) -> None:
         """Write the frozen w back into the model, unmasked."""
-        for _, p, w, _ in self._layers:
-            p.copy_(w)
+        self._layers.restore()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse a second group: one mask is one vector with one step size."""
@@ -212,11 +214,12 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._gather()
+        grads = self._layers.gradients()
+        self._check(grads)
         self._updates += 1
         group = self.param_groups[0]
         for part in slices(self._spec.numel, self._scores.device):
-            s, g = self._scores[part], self._work[part]
+            s, g = self._scores[part], self._layers.incoming(grads, part, self._work)
             scratch = self._scratch[: len(s)]
             score_gradient_(g, s, scratch, power=self._ste == "p", penalty=self._penalty)
             if self._rule.pruned is not None:
@@ -227,33 +230,30 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self._write_mask()
         return loss
 
-    def _gather(self) -> None:
-        """Put dL/dm = G*w of every layer into the work vector, summed over a filter's weights."""
-        for _, p, w, g in self._layers:
-            if p.grad is None:
-                g.zero_()
-                continue
-            grad = p.grad.to_dense() if p.grad.layout != torch.strided else p.grad
-            if g.shape == w.shape:
-                torch.mul(grad, w, out=g)
-            else:
-                g.copy_((grad * w).sum(tuple(range(1, w.ndim)), keepdim=True))
-        # One cheap pass finds trouble, a second one says where it is.
-        if not isfinite(self._work.sum().item()):
-            for name, *_, g in self._layers:
-                if not bool(torch.isfinite(g).all()):
-                    raise ValueError(
-                        f"the gradient of {name!r} holds NaN or infinity: lower the step size or the loss "
-                        "scale, clip the gradients, or check the data"
-                    )
+    def _check(self, grads: list[Tensor | None]) -> None:
+        """One cheap pass finds trouble, a second one says where it is."""
+        parts = slices(self._spec.numel, self._scores.device)
+        total = sum(float(self._layers.incoming(grads, part, self._work).sum()) for part in parts)
+        if not isfinite(total) and (name := self._layers.bad(grads)) is not None:
+            raise ValueError(
+                f"the gradient of {name!r} holds NaN or infinity: lower the step size or the loss "
+                "scale, clip the gradients, or check the data"
+            )
 
     def _step_key(self) -> Key:
         return derive(*self._key, "step", self._updates)
 
     def _write_mask(self) -> None:
-        self._rule.write_(self._scores, self._step_key(), self._work)
-        for _, p, w, m in self._layers:
-            torch.mul(w, m, out=p)
+        self._layers.write(self._masks(self._step_key()))
+
+    def _masks(self, key: Key) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the mask and their values; a whole one at filter granularity, where filters are few."""
+        n = len(self._work)
+        for start in range(0, self._spec.numel, n):
+            part = slice(start, min(start + n, self._spec.numel))
+            values = self._work[: part.stop - start]
+            self._rule.write_(self._scores[part], key, values, start)
+            yield part, values
 
     def state_dict(self) -> dict[str, Any]:
         """Scores, moments, step count, key and settings; copies. The frozen weights are not in it."""

@@ -1,13 +1,13 @@
 """A mask by its number in a list that both ends can draw: minimal random coding.
 
-Havasi, Peharz, Hernandez-Lobato, "Minimal Random Code Learning", ICLR 2019, arXiv 1810.00440; for masks in federated
-learning: Isik et al., arXiv 2306.12625 (KLMS).
+Havasi, Peharz, Hernandez-Lobato, "Minimal Random Code Learning", ICLR 2019, arXiv 1810.00440; for masks in
+federated learning: Isik et al., arXiv 2306.12625 (KLMS).
 
-Both ends know theta_g. The positions fall into blocks; of every block, N candidate masks are drawn from Bern(theta_g)
-with keyed uniforms. The client picks one with probability proportional to Bern(theta_k)(m) / Bern(theta_g)(m) and
-sends its number, log2 N bits: about a sample of theta_k where log N is well above the block's
-KL(theta_k || theta_g). It says little of any single weight, so it costs the square of the change, where flips cost
-the change itself.
+Both ends know theta_g. The positions fall into blocks; of every block, N candidate masks are drawn from
+Bern(theta_g) with keyed uniforms. The client picks one with probability proportional to
+Bern(theta_k)(m) / Bern(theta_g)(m) and sends its number, log2 N bits: about a sample of theta_k where log N is well
+above the block's KL(theta_k || theta_g). It says little of any single weight, so it costs the square of the change,
+where flips cost the change itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .keyed import CHUNK, Key, Scratch, check_range, derive, hash_, thresholds, words
+from .keyed import CHUNK, Key, Scratch, check_range, derive, hash_, mix_, thresholds, words
 
 _CACHED = 1 << 15  # positions that are hashed at a time: what that takes stays in a core's L2
 _JUDGED = 4096  # blocks that the scale of the log weights is found on
@@ -43,9 +43,12 @@ class Draws:
             out[a : a + n] = lot * np.uint64(self.blocks) >> np.uint64(32)
         return out
 
-    def candidates(self) -> list[Key]:
-        """The key of each candidate, the same for all blocks."""
-        return [derive(*self.key, c) for c in range(self.size)]
+    def candidates(self) -> tuple[int, NDArray[np.int32]]:
+        """k0, which all candidates share, and k1 of each, all different: the keys of their words.
+
+        What `keyed.hash_` does before k1 comes in is so done once a position, not once a candidate.
+        """
+        return derive(*self.key, "place").k0, words(derive(*self.key, "candidate"), self.size)
 
 
 def divergence(theta_k: NDArray[np.float64], theta_g: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -56,35 +59,43 @@ def divergence(theta_k: NDArray[np.float64], theta_g: NDArray[np.float64]) -> ND
 
 
 def pick(
-    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], chance: Key
+    draws: Draws,
+    theta_g: NDArray[np.float64],
+    theta_k: NDArray[np.float64],
+    chance: Key,
+    rest: float = 0.0,
 ) -> NDArray[np.uint32]:
     """Choose a candidate for every block: (blocks,) uint32.
 
-    ``theta_g`` and ``theta_k`` are (d,) in (0, 1); ``chance`` is the client's own. Among few candidates, those chosen
-    by weight move less than theta_k asks for; the log weights are therefore scaled until the expected log weight is
-    that of a sample of theta_k. The change so keeps its size at any number of blocks that can carry it, and shrinks
-    below. Positions where nothing changed cost nothing; the others ``size`` hashes each.
+    ``theta_g`` and ``theta_k`` are (d,) in (0, 1); ``chance`` is the client's own. Among few candidates, those
+    chosen by weight move less than theta_k asks for; the log weights are therefore scaled until the expected log
+    weight is that of a sample of theta_k. The change so keeps its size at any number of blocks that can carry it,
+    and shrinks below. Positions where nothing changed cost nothing; the others ``size`` hashes each. Of these, the ones
+    that changed least and together hold a share ``rest`` of the divergence stay as theta_g has them.
     """
-    scores, wanted = _scores(draws, theta_g, theta_k)
+    scores, wanted = _scores(draws, theta_g, theta_k, rest)
     scores *= np.float32(_scale(scores, wanted))
     for c in range(draws.size):
-        scores[c] += _gumbel(derive(*chance, c), draws.blocks)
+        scores[c] += _gumbel(chance, draws.blocks, c * draws.blocks)
     chosen: NDArray[np.uint32] = np.argmax(scores, axis=0).astype(np.uint32)
     return chosen
 
 
 def _scores(
-    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64]
+    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
     k = np.clip(theta_k, 1e-12, 1.0 - 1e-12)
     gain = np.log(k / theta_g) - np.log((1.0 - k) / (1.0 - theta_g))  # of a one over a zero
     block = draws.block_of(theta_g.size)
-    wanted = np.bincount(block, gain * k, minlength=draws.blocks).astype(np.float32)
     moved = np.flatnonzero(gain)
+    if rest > 0.0:
+        moved = moved[_most(divergence(theta_k[moved], theta_g[moved]), rest)]
+    wanted = np.bincount(block[moved], (gain * k)[moved], minlength=draws.blocks).astype(np.float32)
     moved = moved[np.argsort(block[moved], kind="stable")]
     present, starts = np.unique(block[moved], return_index=True)
     scores = np.zeros((draws.size, draws.blocks), np.float32)
+    k0, keys = draws.candidates()
     stride = max(1, _CACHED * present.size // max(moved.size, 1))
     for first in range(0, present.size, stride):
         blocks = present[first : first + stride]
@@ -93,15 +104,23 @@ def _scores(
         at = starts[first : first + stride] - starts[first]
         place, cuts = here.astype(np.uint32).view(np.int32), thresholds(theta_g[here])
         weight = gain[here].astype(np.float32)
-        x, scratch, ones = np.empty_like(place), np.empty_like(place), np.empty(here.size, np.bool_)
-        value = np.empty_like(weight)
-        for c, key in enumerate(draws.candidates()):
-            np.copyto(x, place)
-            hash_(x, scratch, key)
-            np.less(x, cuts, out=ones)
-            np.multiply(weight, ones, out=value)
+        x, scratch, value = np.empty_like(place), np.empty_like(place), np.empty_like(weight)
+        place ^= k0
+        mix_(place, scratch)
+        for c, k1 in enumerate(keys.tolist()):
+            np.bitwise_xor(place, k1, out=x)
+            mix_(x, scratch)
+            np.less(x, cuts, out=value)  # float32 at once: a product of floats and bools is slow
+            value *= weight
             scores[c, blocks] = np.add.reduceat(value, at)
     return scores, wanted
+
+
+def _most(shares: NDArray[np.float64], rest: float) -> NDArray[np.intp]:
+    """Where all but the smallest lie, which together are ``rest`` of the sum."""
+    order = np.argsort(shares)
+    upto = np.cumsum(shares[order])
+    return order[int(np.searchsorted(upto, rest * upto[-1], side="right")) :] if order.size else order
 
 
 def _scale(scores: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
@@ -117,23 +136,22 @@ def _scale(scores: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     return float(2.0**high)
 
 
-def _gumbel(key: Key, n: int) -> NDArray[np.float32]:
+def _gumbel(key: Key, n: int, start: int) -> NDArray[np.float32]:
     """Standard Gumbel variables, (n,): the largest of log weight + Gumbel is a draw by weight."""
-    u = (words(key, n).astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
+    u = (words(key, n, start).astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
     return (-np.log(-np.log(u))).astype(np.float32)
 
 
 def replay(draws: Draws, theta_g: NDArray[np.float64], chosen: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """The mask that ``chosen`` (blocks,) stands for: (d,) bool, the same bits on every machine."""
-    keys = draws.candidates()
-    k0 = np.array([key.k0 for key in keys], np.int32)[chosen]
-    k1 = np.array([key.k1 for key in keys], np.int32)[chosen]
+    k0, keys = draws.candidates()
+    k1 = keys[chosen]
     block, d = draws.block_of(theta_g.size), theta_g.size
     out = np.empty(d, np.bool_)
     base, scratch = np.arange(min(d, CHUNK), dtype=np.int32), np.empty(min(d, CHUNK), np.int32)
     for a in range(0, d, CHUNK):
         of = block[a : a + CHUNK]
         x = base[: of.size] + np.uint32(a).view(np.int32)
-        hash_(x, scratch[: of.size], (k0[of], k1[of]))
+        hash_(x, scratch[: of.size], (k0, k1[of]))
         np.less(x, thresholds(theta_g[a : a + CHUNK]), out=out[a : a + CHUNK])
     return out

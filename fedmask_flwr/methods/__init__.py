@@ -31,6 +31,7 @@ BUILTIN = {
     "fedprox": "fedmask_flwr.methods.fedprox:FedProx",
     "fedweit": "fedmask_flwr.methods.fedweit:FedWeIT",
     "finetune": "fedmask_flwr.methods.finetune:FineTune",
+    "klms": "fedmask_flwr.methods.klms:Klms",
     "lg-fedavg": "fedmask_flwr.methods.lg_fedavg:LgFedAvg",
     "linear-probe": "fedmask_flwr.methods.linear_probe:LinearProbe",
     "lth": "fedmask_flwr.methods.lth:LTH",

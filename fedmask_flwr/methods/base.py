@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.masks import Key, MaskSpec, Mode
+from fedmask_flwr.wire import Field as Coded
 from fedmask_flwr.wire import Payload, Scalar, SideInfo
 
 Kind = Literal["bits", "counts", "dense"]
@@ -89,12 +90,14 @@ class Update:
     """One decoded reply: who, what, how many examples it stands for, and how often its codec lied.
 
     ``flip_rate`` is the probability that the codec flipped a bit it should have left (0 for exact codecs).
+    ``fields`` are its fields as they came, coded.
     """
 
     client: int
     payload: Payload
     weight: float
     flip_rate: float
+    fields: tuple[Coded, ...] = ()
 
 
 S = TypeVar("S")
@@ -118,9 +121,9 @@ class Method(ABC, Generic[S]):
     name: ClassVar[str]
     State: ClassVar[type[Any]]
     Config: ClassVar[type[MethodConfig]]
-    personal: ClassVar[bool] = False  # True: every node is asked for its client number before it is told anything
+    personal: bool = False  # True: every node is asked for its client number before it is told anything
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")  # (): only devices can evaluate
-    codecs: ClassVar[Mapping[str, str]] = {"bits": "auto", "counts": "counts", "dense": "float32"}
+    codecs: Mapping[str, str] = {"bits": "auto", "counts": "counts", "dense": "float32"}
     exact: ClassVar[bool] = False  # True: its bits must not be coded by a codec that may flip some
     packed: ClassVar[bool] = False  # True: what travels has the order of the structural masks, so all need the same
     adapt_epochs: ClassVar[int] = 0  # epochs a device trains on its own data before it evaluates
@@ -169,6 +172,26 @@ class Method(ABC, Generic[S]):
         """
         return True
 
+    def complete(self, got: Payload, turn: Turn, memory: Memory) -> Payload:
+        """Return a broadcast as all other hooks see it, where the device's memory has a part of it.
+
+        Raises
+        ------
+        WireError
+            The memory does not fit; the server hears it as a failed reply.
+        """
+        return got
+
+    def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
+        """Return what a decoded reply stands for, given what the client was told: itself, unless it says less.
+
+        Raises
+        ------
+        WireError
+            It stands for nothing.
+        """
+        return reply
+
     @abstractmethod
     def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write the network that ``view`` asks for into ``model``; ``frozen`` is w of the spec, (spec.weights,)."""
@@ -185,6 +208,14 @@ class Method(ABC, Generic[S]):
 
         None stands for the server itself, which evaluates what it is told.
         """
+
+    def understood(self, state: S, client: int) -> Payload:
+        """Return what a client knows once it has read its broadcast (see ``complete``)."""
+        return self.broadcast(state, client)
+
+    def missed(self, state: S, clients: Sequence[int]) -> S:
+        """Return the state once these clients were asked and gave no usable reply."""
+        return state
 
     def inquire(self, state: S, client: int) -> Payload:
         """Return what a client is told so that it can evaluate: what a broadcast says, unless it needs less."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,19 +18,23 @@ from torch.optim import Optimizer
 
 from fedmask_flwr.aggregate import VoteCounter, beta_theta
 from fedmask_flwr.masks import (
+    Key,
     MaskAdam,
     MaskOptimizer,
     MaskSGD,
     bernoulli,
+    closeness,
     derive,
     mask_values,
     thresholds,
     write_mask,
 )
-from fedmask_flwr.wire import Counts, Payload, WireError, pack_bits
+from fedmask_flwr.wire import Bits, Counts, Payload, WireError, pack_bits
 
 from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
+from .trail import Trail
 
+BLOCK = 1 << 20  # positions whose theta is there as floats at a time: 8 MB, whatever d is
 LEARNING_RATE = 0.1  # s must travel about +-4; at 0.01 nothing is learned (papers: FedPM's own code)
 
 
@@ -54,6 +59,9 @@ class BetaConfig(MethodConfig):
     )
 
 
+D = TypeVar("D", bound=np.generic)
+
+
 @dataclass(frozen=True, slots=True)
 class BetaState:
     """Votes since the last reset: M (d,) of ``total`` masks over ``age`` rounds; ``flips`` sums flip rates."""
@@ -62,6 +70,7 @@ class BetaState:
     total: int
     age: int
     flips: float
+    trail: Trail = field(default_factory=Trail)
 
 
 class BetaMethod(Method[BetaState], ABC):
@@ -86,26 +95,66 @@ class BetaMethod(Method[BetaState], ABC):
 
     def theta(self, got: Payload) -> npt.NDArray[np.float64]:
         """theta_g, shape (d,), as both ends compute it from the broadcast integers."""
-        if "ones" not in got.counts:
-            return np.full(self.numel, self.config.theta0)
-        flips = got.meta.get("flips", 0.0)
-        counts = got.counts["ones"]
-        if not isinstance(flips, float) or not 0.0 <= flips < 0.5 or counts.top < 1:
-            raise WireError(f"broadcast of {counts.top} votes with flip rate {flips!r}: not a state of {self.name}")
+        return self.of_theta(got, lambda theta: theta)
+
+    def of_theta(
+        self, got: Payload, function: Callable[[npt.NDArray[np.float64]], npt.NDArray[D]]
+    ) -> npt.NDArray[D]:
+        """``function`` of theta_g, elementwise, shape (d,), with no more than a block of theta itself in memory."""
+        out: npt.NDArray[D] = np.empty(self.numel, function(np.full(1, 0.5)).dtype)
+        for at, values in self._blocks(got, function):
+            out[at : at + values.size] = values
+        return out
+
+    def _blocks(
+        self, got: Payload, function: Callable[[npt.NDArray[np.float64]], npt.NDArray[D]]
+    ) -> Iterator[tuple[int, npt.NDArray[D]]]:
+        """(start, function of theta from there on), block by block."""
+        theta: Callable[[npt.NDArray[np.uint32]], npt.NDArray[np.float64]]
+        if "ones" in got.counts:
+            values, top = got.counts["ones"].values, got.counts["ones"].top
+            theta = partial(self._posterior, top, got.meta.get("flips", 0.0))
+        else:
+            values, top = np.broadcast_to(np.uint32(0), self.numel), 0
+            theta = partial(np.full_like, fill_value=self.config.theta0, dtype=np.float64)
+        # As many thetas as there are counts, unless a device is told of more votes than could have been cast.
+        table = function(theta(np.arange(top + 1, dtype=np.uint32))) if top < self.numel else None
+        for at in range(0, self.numel, BLOCK):
+            part = values[at : at + BLOCK]
+            yield at, function(theta(part)) if table is None else table[part]
+
+    def _posterior(self, top: int, flips: object, ones: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         config = self.config
+        if not isinstance(flips, float) or not 0.0 <= flips < 0.5 or top < 1:
+            raise WireError(f"broadcast of {top} votes with flip rate {flips!r}: not a state of {self.name}")
         return beta_theta(
-            counts.values,
-            counts.top,
-            prior=config.prior,
-            epsilon=config.epsilon,
-            flip_rate=flips,
-            estimator=config.estimator,
+            ones, top, prior=config.prior, epsilon=config.epsilon, flip_rate=flips, estimator=config.estimator
         )
 
-    def draw(self, theta: npt.NDArray[np.float64], turn: Turn) -> npt.NDArray[np.bool_]:
+    def draw(self, theta: npt.NDArray[np.floating[Any]], turn: Turn) -> npt.NDArray[np.bool_]:
         """m = 1[u < theta], shape (d,), with the turn's keyed uniforms u: equal turns share their randomness."""
+        return bernoulli(self._key(turn), thresholds(theta))
+
+    def guess(self, got: Payload, turn: Turn) -> Bits:
+        """m_g, packed: what ``draw`` makes of theta_g, a block at a time."""
+        return pack_bits(self._sample(got, self._key(turn)))
+
+    def near(self, got: Payload, turn: Turn) -> npt.NDArray[np.uint8]:
+        """Class of each position by how far its u is from theta_g, (d,) (see `closeness`)."""
+        key, out = self._key(turn), np.empty(self.numel, np.uint8)
+        for at, theta in self._blocks(got, lambda theta: theta):
+            out[at : at + theta.size] = closeness(theta, key, at)
+        return out
+
+    def _key(self, turn: Turn) -> Key:
         who = turn.client if self.config.seed_scope == "client" else "all"
-        return bernoulli(derive(turn.seed, "upload", turn.round, who), thresholds(theta))
+        return derive(turn.seed, "upload", turn.round, who)
+
+    def _sample(self, got: Payload, key: Key) -> npt.NDArray[np.bool_]:
+        out = np.empty(self.numel, np.bool_)
+        for at, cuts in self._blocks(got, thresholds):
+            out[at : at + cuts.size] = bernoulli(key, cuts, at)
+        return out
 
     def init(self) -> BetaState:
         """No votes: theta is theta0."""
@@ -128,24 +177,37 @@ class BetaMethod(Method[BetaState], ABC):
             flips += update.flip_rate
         if votes.masks == 0:
             return state
-        if state.age >= (self.config.reset or math.ceil(1.0 / self.fraction)):
-            state = self.init()
-        return BetaState(state.ones + votes.votes(), state.total + votes.masks, state.age + 1, state.flips + flips)
+        return self.cast(state, votes.votes(), votes.masks, flips, self.anew(state))
+
+    def anew(self, state: BetaState) -> bool:
+        """Whether the next votes replace the present ones."""
+        return state.age >= (self.config.reset or math.ceil(1.0 / self.fraction))
+
+    def cast(
+        self, state: BetaState, votes: npt.NDArray[np.uint32], masks: int, flips: float, anew: bool
+    ) -> BetaState:
+        """The state after ``masks`` more masks, ``votes`` (d,) of which have each bit."""
+        if anew:
+            return BetaState(votes, masks, 1, flips)
+        return BetaState(votes + state.ones, state.total + masks, state.age + 1, state.flips + flips)
 
     def result(self, state: BetaState) -> Payload:
         """The thresholded mask 1[theta >= 1/2]."""
-        return Payload(bits={"mask": pack_bits(self.theta(self.broadcast(state)) >= 0.5)})
+        return Payload(bits={"mask": pack_bits(self.of_theta(self.broadcast(state), kept))})
 
     def install(self, got: Payload, model: nn.Module, frozen: Tensor, view: View) -> None:
         """Write w * m into ``model`` (m sampled, thresholded, or theta itself)."""
-        values = torch.from_numpy(mask_values(self.theta(got), view.mode, view.key))
-        write_mask(model, self.spec, frozen, values.to(frozen.device))
+        if view.mode == "sampled" and view.key is not None:
+            values = self._sample(got, view.key)
+        else:
+            values = self.of_theta(got, lambda theta: mask_values(theta, view.mode, view.key))
+        write_mask(model, self.spec, frozen, torch.from_numpy(values).to(frozen.device))
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
         """Scores from theta_g, a fresh optimiser each round."""
         settings: dict[str, Any] = {
             "lr": LEARNING_RATE if training.lr is None else training.lr,
-            "theta": torch.from_numpy(self.theta(got).astype(np.float32)),
+            "theta": torch.from_numpy(self.of_theta(got, lambda theta: theta.astype(np.float32))),
             "key": derive(turn.seed, "train", turn.round, turn.client),
             "ste": self.config.ste,
             "sparsity": self.config.sparsity,
@@ -156,11 +218,16 @@ class BetaMethod(Method[BetaState], ABC):
 
     def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:
         """A bit a masked weight; the weights are a seed."""
-        return {"model_bits": float(self.numel), "kept": float((self.theta(got) >= 0.5).mean())}
+        return {"model_bits": float(self.numel), "kept": float(self.of_theta(got, kept).mean())}
 
 
-def trained_theta(optimizer: Optimizer) -> npt.NDArray[np.float64]:
-    """theta_k, shape (d,), of a mask optimiser.
+def kept(theta: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """1[theta >= 1/2]."""
+    return np.asarray(theta >= 0.5)
+
+
+def trained_theta(optimizer: Optimizer) -> npt.NDArray[np.float32]:
+    """theta_k, shape (d,), of a mask optimiser, as it is sampled.
 
     Raises
     ------
@@ -169,4 +236,5 @@ def trained_theta(optimizer: Optimizer) -> npt.NDArray[np.float64]:
     """
     if not isinstance(optimizer, MaskOptimizer):
         raise TypeError(f"train with the optimiser that the turn handed out, not {type(optimizer).__name__}")
-    return optimizer.theta().cpu().numpy().astype(np.float64)
+    theta: npt.NDArray[np.float32] = optimizer.theta().cpu().numpy()
+    return theta

@@ -24,7 +24,8 @@ sums does not apply.
 from __future__ import annotations
 
 import math
-from typing import ClassVar, final
+from functools import partial
+from typing import Any, ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +33,14 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.wire import Payload, SideInfo, pack_bits
+from fedmask_flwr.wire import Payload, SideInfo, pack_bits, unpack_bits
 
 from .base import Memory, Turn
-from .beta import BetaConfig, BetaMethod, trained_theta
+from .beta import trained_theta
+from .following import FollowedConfig, FollowedMethod
 
 
-class DeltaMaskConfig(BetaConfig):
+class DeltaMaskConfig(FollowedConfig):
     """FedPM's settings and the share of flips that travels."""
 
     kappa: float = Field(0.8, gt=0.0, le=1.0, description="share of the flips sent in round 1")
@@ -46,22 +48,21 @@ class DeltaMaskConfig(BetaConfig):
 
 
 @final
-class DeltaMask(BetaMethod):
+class DeltaMask(FollowedMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "deltamask"
-    Config: ClassVar[type[BetaConfig]] = DeltaMaskConfig
+    Config: ClassVar[type[FollowedConfig]] = DeltaMaskConfig
 
     def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo:
-        """The mask m_g that both ends draw from what was broadcast."""
-        return SideInfo(self.spec.sizes, pack_bits(self.draw(self.theta(got), turn)))
+        """The mask m_g that both ends draw from what was broadcast, and how close each u is to its theta_g."""
+        return SideInfo(self.spec.sizes, self.guess(got, turn), partial(self.near, got, turn))
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """m_g with the kept flips applied."""
-        theta_g, theta_k = self.theta(got), trained_theta(optimizer)
-        mask = self.draw(theta_g, turn)
+        theta_k, mask = trained_theta(optimizer), unpack_bits(self.guess(got, turn), self.numel)
         flips = np.flatnonzero(mask != self.draw(theta_k, turn))
-        flips = top_kl(flips, theta_k, theta_g, kappa_at(self.config, turn))
+        flips = top_kl(flips, theta_k, self.theta(got), kappa_at(self.config, turn))
         mask[flips] ^= True
         return Payload(bits={"mask": pack_bits(mask)})
 
@@ -76,7 +77,7 @@ def kappa_at(config: DeltaMaskConfig, turn: Turn) -> float:
 
 def top_kl(
     flips: npt.NDArray[np.int64],
-    theta_k: npt.NDArray[np.float64],
+    theta_k: npt.NDArray[np.floating[Any]],
     theta_g: npt.NDArray[np.float64],
     kappa: float,
 ) -> npt.NDArray[np.int64]:
@@ -84,7 +85,7 @@ def top_kl(
     keep = math.ceil(kappa * flips.size)
     if keep >= flips.size:
         return flips
-    k = np.clip(theta_k[flips], 1e-12, 1.0 - 1e-12)
+    k = np.clip(theta_k[flips].astype(np.float64), 1e-12, 1.0 - 1e-12)
     g = theta_g[flips]
     kl = k * np.log(k / g) + (1.0 - k) * np.log((1.0 - k) / (1.0 - g))
     return np.sort(flips[np.argsort(-kl, kind="stable")[:keep]])

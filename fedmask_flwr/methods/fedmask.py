@@ -97,7 +97,7 @@ class FedMask(Method[FedMaskState]):
     name: ClassVar[str] = "fedmask"
     State = FedMaskState
     Config = FedMaskConfig
-    personal: ClassVar[bool] = True
+    personal = True
     modes: ClassVar[tuple[Mode, ...]] = ()
     adapt_epochs: ClassVar[int] = 2
 

@@ -24,11 +24,12 @@ from torch.optim import Optimizer
 from fedmask_flwr.wire import Payload, SideInfo, pack_bits
 
 from .base import Memory, Turn
-from .beta import BetaMethod, trained_theta
+from .beta import trained_theta
+from .following import FollowedMethod
 
 
 @final
-class FedPM(BetaMethod):
+class FedPM(FollowedMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "fedpm"

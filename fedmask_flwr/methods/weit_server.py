@@ -79,7 +79,7 @@ class WeitServer(Method[WeitState], ABC):
 
     State = WeitState
     Config: ClassVar[type[MethodConfig]] = WeitConfig
-    personal: ClassVar[bool] = True
+    personal = True
     exact: ClassVar[bool] = True  # a column's bit says how many values follow
     modes: ClassVar[tuple[Mode, ...]] = ()
 

@@ -23,6 +23,7 @@ from fedmask_flwr.simulation import stage
 from fedmask_flwr.simulation.runtime import LOG, SimulationError
 from fedmask_flwr.simulation.runtime import run as simulate
 from fedmask_flwr.simulation.sandbox import LeftoverError
+from fedmask_flwr.standing import stand
 
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
@@ -194,7 +195,8 @@ def _check_folder(out: Path, told: Mapping[str, Any], *, overwrite: bool) -> int
         raise UsageError(
             f"{out} holds a finished run of {last} rounds; use --overwrite to replace it, or another --out"
         )
-    return last
+    # Rounds in which nobody answered are recorded and not checkpointed.
+    return min(last, stand(out).checkpoint_round or 0) if last else 0
 
 
 def check_free(out: Path) -> None:

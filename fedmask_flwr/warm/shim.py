@@ -1,4 +1,4 @@
-"""The stand-in for ``flwr-clientapp``: hands its arguments, environment and output to the warm server, and is done.
+"""The stand-in for one of Flower's programs: hands arguments, environment and output to who forks, and is done.
 
 Run with ``python -I -S`` and importing almost nothing, since it is what each message waits for.
 """
@@ -8,18 +8,25 @@ import os
 import socket
 import sys
 
-SOCKET, BIN = "FEDMASK_WARM_SOCKET", "bin"  # the stand-in lies in a folder beside the socket
+FOLDER, BIN = "FEDMASK_WARM", "bin"  # the stand-ins lie in a folder of that folder, beside the sockets
+WAIT = 60  # seconds: a server that is just being started again is worth waiting for
 
 
-def ask(path: str, argv: list[str]) -> bool:
-    """Have ``argv`` run in a fork of the server at ``path``; False when nobody is there."""
+def socket_of(folder: str, program: str) -> str:
+    """Where to ask for ``program``."""
+    return os.path.join(folder, f"{program}.socket")  # noqa: PTH118
+
+
+def ask(program: str, argv: "list[str]") -> bool:
+    """Have ``program`` run in a fork of the server; False when nobody is there."""
     import json
 
-    told = json.dumps({"argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()  # noqa: PTH109
+    folder = os.environ.get(FOLDER, "")
+    told = json.dumps({"program": program, "argv": argv, "env": dict(os.environ), "cwd": os.getcwd()}).encode()  # noqa: PTH109
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
-            link.settimeout(30)
-            link.connect(path)
+            link.settimeout(WAIT)
+            link.connect(socket_of(folder, program))
             fds = array.array("i", [1, 2]).tobytes()
             link.sendmsg([len(told).to_bytes(8, "little")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, fds)])
             link.sendall(told)
@@ -30,14 +37,15 @@ def ask(path: str, argv: list[str]) -> bool:
 
 def main() -> None:
     """Ask the server; where there is none, become the real program."""
-    if ask(os.environ.get(SOCKET, ""), sys.argv[1:]):
+    program, argv = sys.argv[1], sys.argv[2:]
+    if ask(program, argv):
         return
-    here = os.path.join(os.path.dirname(os.environ.get(SOCKET, "")), BIN)  # noqa: PTH118, PTH120
+    here = os.path.join(os.environ.get(FOLDER, ""), BIN)  # noqa: PTH118
     for folder in os.environ.get("PATH", "").split(os.pathsep):
-        program = os.path.join(folder, "flwr-clientapp")  # noqa: PTH118
-        if os.path.realpath(folder) != os.path.realpath(here) and os.access(program, os.X_OK):
-            os.execv(program, ["flwr-clientapp", *sys.argv[1:]])  # noqa: S606
-    sys.exit("flwr-clientapp is not on PATH: install flwr")
+        real = os.path.join(folder, program)  # noqa: PTH118
+        if os.path.realpath(folder) != os.path.realpath(here) and os.access(real, os.X_OK):
+            os.execv(real, [program, *argv])  # noqa: S606
+    sys.exit(f"{program} is not on PATH: install flwr")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,23 @@
-"""Start the warm server and, in this process, Flower's SuperNode."""
+"""Start Flower's SuperNode in this process, with a warm server beside it."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import subprocess
+import socket
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from fedmask_flwr.memory import default_folder
 
-from . import shim
+from . import node, shim
+
+PREFIX, STALE = "fedmask-warm-", 60.0  # seconds after which a folder has its sockets, or never will
+POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
 
 def supernode(arguments: Sequence[str]) -> NoReturn:
@@ -26,24 +30,23 @@ def supernode(arguments: Sequence[str]) -> NoReturn:
     """
     # Flower finds its own programs on PATH: those of this environment, also where it is not activated.
     path = f"{os.environ.get('PATH', os.defpath)}{os.pathsep}{Path(sys.executable).parent}"
-    program = shutil.which("flower-supernode", path=path)
+    program = shutil.which(node.SUPERNODE, path=path)
     if program is None:
         raise FileNotFoundError("flower-supernode is not installed beside this Python: pip install fedmask-flwr")
-    environment = {**os.environ, "PATH": path}
+    # A message waits for its process half of this on average; Flower's own is 1 s. It asks on this machine only.
+    environment = {POLL: "0.2", **os.environ, "PATH": path}
     try:
         folder = _folder()
     except OSError as error:  # a device without such a place trains as well, only later
         print(f"fedmask: client processes start cold, {error}", file=sys.stderr)
         os.execve(program, [program, *arguments], environment)  # noqa: S606
-    place = folder / "socket"
-    environment |= {"PATH": f"{folder / shim.BIN}{os.pathsep}{path}", shim.SOCKET: str(place)}
-    command = [sys.executable, "-m", "fedmask_flwr.warm.server", str(place)]
-    subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)  # noqa: S603
-    os.execve(program, [program, *arguments], environment)  # noqa: S606
+    environment |= {"PATH": f"{folder / shim.BIN}{os.pathsep}{path}", shim.FOLDER: str(folder)}
+    command = [sys.executable, "-P", "-m", node.__name__, str(folder), *arguments]
+    os.execve(sys.executable, command, environment)  # noqa: S606
 
 
 def _folder() -> Path:
-    """Make a private folder with the stand-in, where programs may be executed: not all temporary folders allow it.
+    """Make a private folder with the stand-ins, where programs may be executed: not all temporary folders allow it.
 
     Raises
     ------
@@ -55,15 +58,33 @@ def _folder() -> Path:
             continue
         try:
             Path(base).mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix="fedmask-warm-", dir=base))  # 0700
+            clean(Path(base))
+            folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))  # 0700
         except OSError:
             continue
-        stand_in = folder / shim.BIN / "flwr-clientapp"
-        stand_in.parent.mkdir()
-        # -I and -S: nothing of the user's, no site packages, so that it starts in milliseconds.
-        stand_in.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{Path(shim.__file__)}" "$@"\n')
-        stand_in.chmod(0o700)
-        if os.access(stand_in, os.X_OK):
+        stand_ins = [folder / shim.BIN / name for name in (node.CLIENT, node.SUPEREXEC)]
+        stand_ins[0].parent.mkdir()
+        for stand_in in stand_ins:
+            # -I and -S: nothing of the user's, no site packages, so that it starts in milliseconds.
+            stand_in.write_text(
+                f'#!/bin/sh\nexec "{sys.executable}" -I -S "{Path(shim.__file__)}" {stand_in.name} "$@"\n'
+            )
+            stand_in.chmod(0o700)
+        if all(os.access(stand_in, os.X_OK) for stand_in in stand_ins):
             return folder
         shutil.rmtree(folder)
     raise OSError("no folder allows programs: mount the temporary one without noexec")
+
+
+def clean(base: Path) -> None:
+    """Remove folders of SuperNodes that were killed together with their keepers: nobody listens there."""
+    for folder in base.glob(f"{PREFIX}*"):
+        if folder.is_symlink() or time.time() - folder.stat().st_mtime < STALE:
+            continue
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as link:
+            try:
+                link.connect(shim.socket_of(str(folder), node.SUPEREXEC))
+            except (ConnectionRefusedError, FileNotFoundError):
+                shutil.rmtree(folder, ignore_errors=True)
+            except OSError:  # another user's
+                continue

@@ -20,6 +20,7 @@ from .frame import Field as Field
 from .frame import Frame as Frame
 from .packing import Received as Received
 from .packing import pack as pack
+from .packing import read as read
 from .packing import unpack as unpack
 from .payload import Counts as Counts
 from .payload import Dense as Dense
@@ -29,6 +30,8 @@ from .registry import CODECS as CODECS
 from .registry import codec as codec
 from .registry import codec_names as codec_names
 from .sideinfo import SideInfo as SideInfo
+from .varint import get_varint as get_varint
+from .varint import put_varint as put_varint
 
 __all__ = [
     "CODECS",
@@ -50,11 +53,14 @@ __all__ = [
     "codec",
     "codec_names",
     "from_positions",
+    "get_varint",
     "ones_per_layer",
     "pack",
     "pack_bits",
     "popcount",
     "positions",
+    "put_varint",
+    "read",
     "slice_bits",
     "unpack",
     "unpack_bits",

@@ -19,6 +19,6 @@ def choose(bits: Bits, known: SideInfo) -> BitCodec:
     delta = known.delta(bits)
     ones = ones_per_layer(delta, known.sizes)
     sizes = [(c.size(ones, known), c) for c in _CANDIDATES]
-    if any(ones):
+    if known.classes is not None and any(ones):
         sizes.append((_BY_CLASS.measure(delta, known), _BY_CLASS))
     return min(sizes, key=lambda found: found[0])[1]

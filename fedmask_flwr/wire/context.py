@@ -3,15 +3,16 @@
 ``SideInfo.classes`` sorts the positions into classes of like odds. The encoder joins neighbouring classes into
 groups where a header would cost more than it saves, and codes each group, its positions in order, as if it were a
 layer: dense groups by static rANS, sparse ones by their gaps.
-Body: varint number of groups; a byte a group, (classes joined - 1) << 1 | (1 if by rANS); where there are such
-groups, varint length of their ``entropy`` body, and that body; where there are others, their ``rice`` body. Classes
-without a position do not count.
+Body: varint number of groups, at most 64; a byte a group, (classes joined - 1) << 1 | (1 if by rANS); where there
+are such groups, varint length of their ``entropy`` body, and that body; where there are others, their ``rice``
+body. Classes without a position do not count.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias, final
 
@@ -28,6 +29,8 @@ from .varint import get_varint, put_varint
 
 _CLASSES = 256
 _JOINED = 128  # classes in one group at most: seven bits
+_GROUPS = 64  # at most: a rANS group takes 0.8 MB of tables while it is decoded
+_CHUNK = 1 << 16  # positions whose 64-bit places are in memory at a time
 _RANS, _GAPS = EntropyCodec(), RiceCodec()
 _RANS_HEAD, _GAPS_HEAD = 24.0, 28.0  # bits that a group costs besides its flips
 _DENSE = 0.02  # below this share of ones, gaps are as small as rANS of whole bytes
@@ -38,34 +41,33 @@ _Group: TypeAlias = tuple[int, bool]
 
 @final
 class ContextCodec(BitCodec):
-    """Within 3 % of the sum over the classes of n*H(p) from 10^4 flips on."""
+    """Within 3 % of the sum over the classes of n*H(p) from 10^4 flips on; without classes, all are one."""
 
-    id = 4
+    id = 6
     name = "context"
 
     def encode(self, bits: Bits, known: SideInfo) -> bytes:
-        """Choose the groups and code each; ValueError where both ends know no classes."""
-        delta, classes = unpack_bits(known.delta(bits), known.numel), _classes(known)
-        sizes, ones = _tally(delta, classes)
-        groups = _join(sizes, ones)
-        dense, sparse, order = _layout(groups, sizes, classes)
-        permuted, cut = pack_bits(delta[order]), sum(dense)
+        """Choose the groups and code each."""
+        delta, classes = unpack_bits(known.delta(bits), known.numel), known.checked_classes()
+        tally = _tally(delta, classes)
+        groups = _join(*_occurring(tally))
+        dense, sparse, row = _layout(groups, tally)
+        order = _Order(row[classes], dense + sparse)
+        sorted_, cut = pack_bits(order.sort(delta)), sum(dense)
         parts = [put_varint(len(groups)), bytes((joined - 1) << 1 | by_rans for joined, by_rans in groups)]
         if dense:
-            body = _RANS.encode(slice_bits(permuted, 0, cut), SideInfo(dense))
+            body = _RANS.encode(slice_bits(sorted_, 0, cut), SideInfo(dense))
             parts += [put_varint(len(body)), body]
         if sparse:
-            parts.append(_GAPS.encode(slice_bits(permuted, cut, known.numel), SideInfo(sparse)))
+            parts.append(_GAPS.encode(slice_bits(sorted_, cut, known.numel), SideInfo(sparse)))
         return b"".join(parts)
 
     def decode(self, body: Body, known: SideInfo) -> Bits:
         """Read it back; WireError if the groups do not fit the classes, or a part of the body is not valid."""
-        if known.classes is None:
-            raise WireError("a field came coded by classes of positions, which this end does not know for it")
-        classes = _classes(known)
-        sizes = _occurring(np.bincount(classes, minlength=_CLASSES))
-        groups, at = _read_groups(body, len(sizes))
-        dense, sparse, order = _layout(groups, sizes, classes)
+        classes = known.checked_classes()
+        tally = _tally(np.zeros(known.numel, np.bool_), classes)
+        groups, at = _read_groups(body, int(np.count_nonzero(tally[0])))
+        dense, sparse, row = _layout(groups, tally)
         flags = np.empty(known.numel, np.bool_)
         cut = sum(dense)
         if dense:
@@ -78,8 +80,7 @@ class ContextCodec(BitCodec):
             flags[cut:] = unpack_bits(_GAPS.decode(body[at:], SideInfo(sparse)), known.numel - cut)
         elif at != len(body):
             raise WireError("context body is longer than its groups")
-        delta = np.empty_like(flags)
-        delta[order] = flags
+        delta = _Order(row[classes], dense + sparse).restore(flags)
         return known.delta(pack_bits(delta))
 
     def size(self, ones: tuple[int, ...], known: SideInfo) -> float:
@@ -87,10 +88,8 @@ class ContextCodec(BitCodec):
         return math.inf
 
     def measure(self, delta: Bits, known: SideInfo) -> float:
-        """Body bytes expected for a delta, without coding it; inf where both ends know no classes."""
-        if known.classes is None:
-            return math.inf
-        sizes, ones = _tally(unpack_bits(delta, known.numel), _classes(known))
+        """Body bytes expected for a delta, without coding it."""
+        sizes, ones = _occurring(_tally(unpack_bits(delta, known.numel), known.checked_classes()))
         groups = _join(sizes, ones)
         at = np.cumsum([0, *(joined for joined, _ in groups)])
         found = [_cost(sum(sizes[a:b]), sum(ones[a:b]))[0] for a, b in pairwise(at)]
@@ -101,25 +100,20 @@ class ContextCodec(BitCodec):
         return _RANS.max_body(numel, _CLASSES) + _GAPS.max_body(numel, _CLASSES) + 2 * _CLASSES
 
 
-def _classes(known: SideInfo) -> NDArray[np.uint8]:
-    if known.classes is None:
-        raise ValueError("codec context needs what both ends know of each position: use auto, which does without")
-    classes = known.classes()
-    if classes.dtype != np.uint8 or classes.shape != (known.numel,):
-        raise ValueError(f"classes are ({known.numel},) uint8, got {classes.shape} {classes.dtype}")
-    return classes
-
-
-def _occurring(tally: NDArray[np.int64]) -> list[int]:
-    found: list[int] = tally[tally > 0].tolist()
+def _tally(delta: NDArray[np.bool_], classes: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """Positions and ones of each class: (2, 256)."""
+    found = np.zeros((2, _CLASSES), np.int64)
+    for a in range(0, classes.size, _CHUNK):
+        part = classes[a : a + _CHUNK]
+        found[0] += np.bincount(part, minlength=_CLASSES)
+        found[1] += np.bincount(part[delta[a : a + _CHUNK]], minlength=_CLASSES)
     return found
 
 
-def _tally(delta: NDArray[np.bool_], classes: NDArray[np.uint8]) -> tuple[list[int], list[int]]:
+def _occurring(tally: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     """Positions and ones of each class that occurs."""
-    sizes = np.bincount(classes, minlength=_CLASSES)
-    ones = np.bincount(classes[delta], minlength=_CLASSES)[sizes > 0]
-    return _occurring(sizes), ones.tolist()
+    sizes, ones = tally[:, tally[0] > 0].tolist()
+    return sizes, ones
 
 
 def _cost(size: int, ones: int) -> tuple[float, bool]:
@@ -134,7 +128,7 @@ def _cost(size: int, ones: int) -> tuple[float, bool]:
 
 
 def _join(sizes: Sequence[int], ones: Sequence[int]) -> list[_Group]:
-    """Join the two neighbours that save most, until none do."""
+    """Join the two neighbours that save most, until none do and the groups are few enough."""
     rows = [(1, size, n, *_cost(size, n)) for size, n in zip(sizes, ones, strict=True)]
 
     def joined(i: int) -> tuple[float, tuple[int, int, int, float, bool]]:
@@ -145,7 +139,7 @@ def _join(sizes: Sequence[int], ones: Sequence[int]) -> list[_Group]:
     savings = [joined(i) for i in range(len(rows) - 1)]
     while savings:
         at = max(range(len(savings)), key=lambda i: savings[i][0])
-        if savings[at][0] < 0:
+        if savings[at][0] < 0 and len(rows) <= _GROUPS:
             break
         rows[at : at + 2] = [savings[at][1]]
         del savings[at]
@@ -156,26 +150,60 @@ def _join(sizes: Sequence[int], ones: Sequence[int]) -> list[_Group]:
 
 
 def _layout(
-    groups: Sequence[_Group], sizes: Sequence[int], classes: NDArray[np.uint8]
-) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.intp]]:
-    """Sizes of the dense groups and of the others, and the order that brings all positions into theirs."""
-    at, of = 0, []
-    for joined, by_rans in groups:
-        of.append((not by_rans, at, at + joined))
-        at += joined
-    ranked = sorted(of)  # dense groups first
-    row = np.zeros(at, np.uint16)
-    for i, (_, first, last) in enumerate(ranked):
-        row[first:last] = i
-    every = np.zeros(_CLASSES, np.uint16)
-    every[np.bincount(classes, minlength=_CLASSES) > 0] = row
-    dense = tuple(sum(sizes[a:b]) for sparse, a, b in ranked if not sparse)
-    rest = tuple(sum(sizes[a:b]) for sparse, a, b in ranked if sparse)
-    return dense, rest, np.argsort(every[classes], kind="stable")
+    groups: Sequence[_Group], tally: NDArray[np.int64]
+) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.uint8]]:
+    """Sizes of the dense groups and of the others, and the place of each class among them: (256,)."""
+    occurring = np.flatnonzero(tally[0])
+    edges = np.cumsum([0, *(joined for joined, _ in groups)]).tolist()
+    dense = [i for i, (_, by_rans) in enumerate(groups) if by_rans]
+    sparse = [i for i, (_, by_rans) in enumerate(groups) if not by_rans]
+    row, sizes = np.zeros(_CLASSES, np.uint8), []
+    for place, i in enumerate(dense + sparse):
+        members = occurring[edges[i] : edges[i + 1]]
+        row[members] = place
+        sizes.append(int(tally[0, members].sum()))
+    return tuple(sizes[: len(dense)]), tuple(sizes[len(dense) :]), row
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class _Order:
+    """Positions sorted by group, in place within it, a chunk at a time; ``row`` is each position's group."""
+
+    row: NDArray[np.uint8]
+    sizes: tuple[int, ...]
+
+    def sort(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Bring flags by position into the order of the groups."""
+        out = np.empty_like(flags)
+        for chunk, order, pieces in self._chunks():
+            part, at = flags[chunk][order], 0
+            for piece in pieces:
+                n = piece.stop - piece.start
+                out[piece] = part[at : at + n]
+                at += n
+        return out
+
+    def restore(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """The inverse of `sort`."""
+        out = np.empty_like(flags)
+        for chunk, order, pieces in self._chunks():
+            out[chunk][order] = np.concatenate([flags[piece] for piece in pieces])
+        return out
+
+    def _chunks(self) -> Iterator[tuple[slice, NDArray[np.intp], list[slice]]]:
+        """A chunk of positions, its order by group, and the piece of each group that it is."""
+        done = np.cumsum([0, *self.sizes])[:-1]
+        for a in range(0, self.row.size, _CHUNK):
+            part = self.row[a : a + _CHUNK]
+            upto = done + np.bincount(part, minlength=done.size)
+            pieces = [slice(*ends) for ends in zip(done.tolist(), upto.tolist(), strict=True)]
+            yield slice(a, a + part.size), np.argsort(part, kind="stable"), pieces
+            done = upto
 
 
 def _read_groups(body: Body, occurring: int) -> tuple[list[_Group], int]:
-    count, at = get_varint(body, 0, occurring)
+    count, at = get_varint(body, 0, min(occurring, _GROUPS))
     if count > len(body) - at:
         raise WireError("context body is truncated within its groups")
     groups = [((byte >> 1) + 1, bool(byte & 1)) for byte in body[at : at + count]]

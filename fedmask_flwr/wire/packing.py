@@ -151,6 +151,20 @@ def unpack(
         Anything else than a valid frame of this model, round and these fields.
     """
     frame = Frame.parse(data)
+    return read(frame, digest=digest, round_=round_, known=known, expect=expect, require=require, nbytes=len(data))
+
+
+def read(
+    frame: Frame,
+    *,
+    digest: bytes | None,
+    round_: int | None,
+    known: SideInfo | Mapping[str, SideInfo] | None,
+    expect: Mapping[str, int | range],
+    require: Mapping[str, str] | None = None,
+    nbytes: int = 0,
+) -> Received:
+    """`unpack` a frame that is parsed already; ``nbytes`` is what it took."""
     coders = _check_heads(frame, digest, round_, expect, require or {})
     bits: dict[str, Bits] = {}
     counts: dict[str, Counts] = {}
@@ -168,7 +182,7 @@ def unpack(
             counts[f.name] = coder.decode(body, layers)
         elif isinstance(coder, DenseCodec):
             dense[f.name] = coder.decode(body, f.numel)
-    return Received(Payload(bits, counts, dense, frame.meta), coders, len(data), frame)
+    return Received(Payload(bits, counts, dense, frame.meta), coders, nbytes, frame)
 
 
 def _check_heads(

@@ -13,6 +13,7 @@ from .entropy import EntropyCodec
 from .envelope import ENVELOPES, NONE
 from .errors import WireError
 from .fuse import Fuse8Codec, Fuse16Codec
+from .grouped import ClassCountsCodec
 from .packed import PackedCodec
 from .rice import RiceCodec
 
@@ -27,6 +28,7 @@ _ALL: tuple[Codec, ...] = (
     Fuse8Codec(),
     Fuse16Codec(),
     CountsCodec(),
+    ClassCountsCodec(),
     Float32Codec(),
 )
 CODECS: Mapping[str, Codec] = MappingProxyType({c.name: c for c in _ALL})

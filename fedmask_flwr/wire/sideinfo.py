@@ -44,3 +44,18 @@ class SideInfo:
         """
         check_bits(bits, self.numel)
         return bits if self.reference is None else np.bitwise_xor(bits, self.reference)
+
+    def checked_classes(self) -> NDArray[np.uint8]:
+        """Call ``classes``: (d,) uint8, all 0 where there are none.
+
+        Raises
+        ------
+        ValueError
+            It gave something else.
+        """
+        if self.classes is None:
+            return np.zeros(self.numel, np.uint8)
+        classes = self.classes()
+        if classes.dtype != np.uint8 or classes.shape != (self.numel,):
+            raise ValueError(f"classes are ({self.numel},) uint8, got {classes.shape} {classes.dtype}")
+        return classes

@@ -56,7 +56,7 @@ class Stack:
 
     def compose(self, *command, **options):
         files = [part for name in self.files for part in ("-f", str(ROOT / "docker" / name))]
-        return sh("docker", "compose", "-p", self.name, *files, *command, **options, **self.env)
+        return sh("docker", "compose", "-p", self.name, *files, *command, **{**self.env, **options})
 
     def container(self, service):
         return f"{self.name}-{service}-1"
@@ -67,28 +67,33 @@ class Stack:
     def down(self):
         self.compose("down", "-v", "--timeout", "5", "--remove-orphans")
 
-    def start(self, name, **config):
+    def start(self, name, *, mounts=(), **config):
         """Start a run in a container of its own, as the service ``run`` does; give the container's name."""
         told = {"out": f"/runs/{name}", "clients": 3, "data": "digits", "round-timeout": 300.0}
         told |= {key.replace("_", "-"): value for key, value in config.items()}
         file = self.folder / f"{name}.toml"
         file.write_text("".join(f"{key} = {json.dumps(value)}\n" for key, value in told.items()))
         runner = f"{self.name}-{name}"
-        self.compose("run", "-d", "--no-deps", "--name", runner, "-e", f"FEDMASK_RUN=/runs/{name}.toml", "run")
+        volumes = [part for mount in mounts for part in ("-v", mount)]
+        self.compose("run", "-d", "--no-deps", "--name", runner, *volumes, "run", FEDMASK_RUN=str(file))
         return runner
+
+    def read(self, name, file):
+        """A file of a run's folder; nothing when there is none."""
+        path = self.folder / name / file
+        return path.read_bytes() if path.exists() else b""
 
     def lines(self, name):
         """The run's own record, a line a round."""
-        file = self.folder / name / "metrics.jsonl"
-        whole = (
-            [line for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            if file.exists()
-            else []
-        )
-        return [json.loads(line) for line in whole]
+        lines = self.read(name, "metrics.jsonl").decode().splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def await_round(self, name, number):
         until(lambda: len(self.lines(name)) >= number, f"round {number} of {name}")
+
+    def log(self, name):
+        """What the run's ServerApp said."""
+        return self.read(name, "flower.log").decode()
 
     def training(self, service):
         """Whether a client process works in that node's container: the warm server's child, or Flower's program."""

@@ -41,7 +41,9 @@ def case(kind: str) -> tuple[Payload, SideInfo, dict[str, int]]:
         limit = np.repeat([0.04, 0.0, 0.8, 1.0], SIZES) * 65536
         reference = pack_bits(stream("reference", D) < 32768)
         mask = pack_bits(stream("mask", D) < limit) ^ reference
-        return Payload(bits={"mask": mask}, meta=meta), SideInfo(SIZES, reference), {"mask": D}
+        # layers as classes, with gaps between them, each cut in two that the encoder joins
+        classes = (np.repeat([200, 0, 3, 9], SIZES) + stream("classes", D) % 2).astype(np.uint8)
+        return Payload(bits={"mask": mask}, meta=meta), SideInfo(SIZES, reference, lambda: classes), {"mask": D}
     if kind == "counts":
         small = stream("counts", LONG)
         fields = {
@@ -52,7 +54,8 @@ def case(kind: str) -> tuple[Payload, SideInfo, dict[str, int]]:
             "planes": Counts((small[:300] * 65537 % 2**32).astype(np.uint32), 2**32 - 1),
             "uniform": Counts((small[:500] % 11).astype(np.uint32), 10),
         }
-        known = SideInfo((LONG // 2, LONG // 2))
+        classes = (stream("halves", LONG) < np.where(np.arange(LONG) < LONG // 2, 4096, 61440)).astype(np.uint8)
+        known = SideInfo((LONG // 2, LONG // 2), classes=lambda: classes)
         return Payload(counts=fields, meta=meta), known, {k: v.values.size for k, v in fields.items()}
     values = ((stream("dense", 300) - 32768) / 4096).astype(np.float32)
     return Payload(dense={"head": values}, meta=meta), SideInfo(()), {"head": 300}

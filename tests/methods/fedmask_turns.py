@@ -6,9 +6,10 @@ import numpy as np
 import tiny
 import torch
 
-from fedmask_flwr.flower.records import read_broadcast, read_reply
+from fedmask_flwr.flower.records import read_broadcast
 from fedmask_flwr.masks import frozen_weights, initialise
 from fedmask_flwr.methods import Training, Turn, Update, View, resolve
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.train import train
 from fedmask_flwr.wire import Counts, Payload, pack, pack_bits
 

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedmask_flwr.flower.records import read_broadcast, read_reply
+from fedmask_flwr.flower.records import read_broadcast
 from fedmask_flwr.masks import MaskSpec
 from fedmask_flwr.methods import Turn
 from fedmask_flwr.methods.fedmask import LEVELS, FedMaskConfig, keep_largest
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack, pack_bits, unpack_bits
 
 every_return = pytest.mark.parametrize("returns", ["mean", "bit"])

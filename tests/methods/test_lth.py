@@ -11,10 +11,11 @@ from federation import DIGEST, Federation, blobs, build, network, steps
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from fedmask_flwr.flower.records import read_broadcast, read_reply
+from fedmask_flwr.flower.records import read_broadcast
 from fedmask_flwr.masks import frozen_weights
 from fedmask_flwr.methods import Training, Turn, Update, View
 from fedmask_flwr.methods.lth import LTH
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.train import train
 from fedmask_flwr.wire import Payload, WireError, pack, pack_bits, unpack_bits
 

@@ -8,7 +8,7 @@ import tiny
 from federation import DIGEST, build, network
 from slimming_turns import TRAINING, mlp3, some, told, turn_of
 
-from fedmask_flwr.flower.records import read_broadcast, read_reply
+from fedmask_flwr.flower.records import read_broadcast
 from fedmask_flwr.masks import (
     frozen_weights,
     model_digest,
@@ -16,6 +16,7 @@ from fedmask_flwr.masks import (
 from fedmask_flwr.methods import Update, View, resolve
 from fedmask_flwr.methods.mpfl import MPFL
 from fedmask_flwr.methods.pruning_fl import PruningFL
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.wire import Payload, WireError, pack, pack_bits
 
 

@@ -9,10 +9,10 @@ import tiny
 from federation import DIGEST, Federation, build, network, over_the_wire, steps
 from torch import nn
 
-from fedmask_flwr.flower.records import read_reply
 from fedmask_flwr.masks import count_parameters, couple, filter_scores
 from fedmask_flwr.methods import Training, Turn, Update
 from fedmask_flwr.methods.pruning_fl import PruningFL
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.wire import Payload, WireError, pack, unpack_bits
 
 TRAINING = Training("adam", 0.02)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from weit_turns import ROUNDS, Device, begun, build, different, edited, folded, network, over_the_wire, play
 
 from fedmask_flwr.aggregate import densify, sketch
-from fedmask_flwr.flower.records import read_reply
 from fedmask_flwr.methods import Turn, Update, weit_server
+from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.methods.weit_server import FOUND, SKETCH
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack
 

@@ -29,7 +29,25 @@ def masks(draw):
     delta = rng.random(d) < p
     reference = rng.random(d) < 0.5 if draw(st.booleans()) else None
     bits = delta if reference is None else delta ^ reference
-    return pack_bits(bits), SideInfo(sizes, None if reference is None else pack_bits(reference))
+    return pack_bits(bits), SideInfo(
+        sizes, None if reference is None else pack_bits(reference), draw(classes_of(delta))
+    )
+
+
+@st.composite
+def classes_of(draw, delta):
+    """Classes that say nothing of the delta, or much, or all; few or 256 of them; or none."""
+    d, rng = delta.size, np.random.default_rng(draw(st.integers(0, 2**32)))
+    kind = draw(st.sampled_from(("none", "one", "few", "every", "layers", "telling")))
+    if kind == "none":
+        return None
+    if kind == "layers":
+        classes = np.arange(d) * 256 // max(d, 1)
+    elif kind == "telling":
+        classes = 7 + 9 * delta + (rng.random(d) < 0.1)
+    else:
+        classes = rng.integers(0, {"one": 1, "few": 5, "every": 256}[kind], d) + (41 if kind == "few" else 0)
+    return lambda: classes.astype(np.uint8)
 
 
 @st.composite
@@ -55,10 +73,14 @@ def count_vectors(draw):
 def sample_payload(kind, d, seed=0, p=0.05):
     """A payload of one field "x" of d elements of this kind, with meta, and what both ends know."""
     rng = np.random.default_rng(seed)
-    known = SideInfo((d // 3, 0, d - d // 3 - d // 5, d // 5), pack_bits(rng.random(d) < 0.5))
+    classes = np.arange(d, dtype=np.uint8) % 4
+    known = SideInfo(
+        (d // 3, 0, d - d // 3 - d // 5, d // 5), pack_bits(rng.random(d) < 0.5), lambda: 3 * classes + 1
+    )
     meta = {"examples": 60, "loss": 0.25, "who": "node-1"}
     if kind == "bits":
-        return Payload(bits={"x": pack_bits(rng.random(d) < p) ^ known.reference}, meta=meta), known
+        odds = np.array([2.0, 1.2, 0.6, 0.2]) * p
+        return Payload(bits={"x": pack_bits(rng.random(d) < odds[classes]) ^ known.reference}, meta=meta), known
     if kind == "counts":
         values = np.minimum(rng.geometric(min(1.0, p + 0.3), d) - 1, 9).astype(np.uint32)
         return Payload(counts={"x": Counts(values, 9)}, meta=meta), known

@@ -1,0 +1,87 @@
+"""KLMS: send the number of a candidate mask that both ends can draw.
+
+Papers: Isik, Pase, Gunduz, Koyejo, Weissman, Zorzi, "Adaptive Compression in Federated Learning via Side
+Information", arXiv 2306.12625 (KLMS); its code of masks is Havasi et al., arXiv 1810.00440. As in "BiCompFL",
+arXiv 2502.00206, what all ends know is the global theta itself.
+
+Both ends draw N = 2^b candidates of every block of positions from Bern(theta_g); the client sends which of them is
+its sample of Bern(theta_k) (`fedmask_flwr.masks.sampled`). What it costs is the divergence KL(theta_k || theta_g),
+which is the square of the change, where DeltaMask's flips cost the change itself.
+
+Travels: up, b bits a block, about KL * b / (b - margin) bits in all and at most 1 bit a parameter; never more than
+``target-bpp``, where that is set. Down, as FedPM; with ``downlink = "relay"`` the replies of the others, which are
+so short that K of them are less than the counts.
+
+Settings: as FedPM; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the divergence asks for
+(``target-bpp``) shrink the step instead of failing.
+
+Limits: the client hashes N numbers for each weight that changed: seconds a million weights. Blocks are drawn by lot
+and equally large, which wastes a little where KL differs between them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, final
+
+import numpy as np
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from fedmask_flwr.masks import Draws, derive, divergence, pick, replay
+from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
+
+from .base import Fields, Memory, Turn
+from .beta import trained_theta
+from .following import FollowedConfig, FollowedMethod
+
+
+class KlmsConfig(FollowedConfig):
+    """FedPM's settings and the size of the code."""
+
+    index_bits: int = Field(8, ge=1, le=16, description="b, log2 of the number of candidates of a block")
+    margin: float = Field(2.0, ge=0.0, description="bits of an index above its block's divergence")
+    target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter; 0: as many as needed")
+
+
+@final
+class Klms(FollowedMethod):
+    """See the module's card."""
+
+    name: ClassVar[str] = "klms"
+    Config: ClassVar[type[FollowedConfig]] = KlmsConfig
+
+    def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
+        """A number a block."""
+        return ({"index": ("counts", range(1, self.numel + 1))},)
+
+    def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo | None:
+        """Nothing that would help to code an index."""
+        return None
+
+    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
+        """The candidates chosen for the trained theta."""
+        theta_g, theta_k = self.theta(got), trained_theta(optimizer).astype(np.float64)
+        draws = self._draws(turn, self.blocks(float(divergence(theta_k, theta_g).sum())))
+        chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client))
+        return Payload(counts={"index": Counts(chosen, draws.size - 1)})
+
+    def blocks(self, bits: float) -> int:
+        """Number of blocks for a divergence of so many bits."""
+        each, margin = int(self.config.index_bits), float(self.config.margin)
+        most = self.numel / each
+        if self.config.target_bpp > 0.0:
+            most *= min(float(self.config.target_bpp), 1.0)
+        return max(1, math.floor(min(math.ceil(bits / max(each - margin, 0.5)), most)))
+
+    def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
+        """The mask that the indices stand for."""
+        index = reply.counts["index"]
+        if index.top != (1 << self.config.index_bits) - 1:
+            raise WireError(f"indices up to {index.top}, expected {self.config.index_bits} bits each")
+        draws = self._draws(turn, index.values.size)
+        return Payload(bits={"mask": pack_bits(replay(draws, self.theta(got), index.values))})
+
+    def _draws(self, turn: Turn, blocks: int) -> Draws:
+        return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)

@@ -1,0 +1,51 @@
+"""Codec ``counts-by-class``: counts whose likely values both ends know, such as votes given the votes before.
+
+Body: as ``counts``, of the values sorted by ``SideInfo.classes`` (stably), each class that occurs a layer.
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .base import Body, CountCodec
+from .counts import CountsCodec
+from .payload import Counts
+from .sideinfo import SideInfo
+
+_PLAIN = CountsCodec()
+
+
+@final
+class ClassCountsCodec(CountCodec):
+    """The sum over the classes of their entropies, tables apart; ``counts`` where both ends know no classes."""
+
+    id = 17
+    name = "counts-by-class"
+
+    def encode(self, counts: Counts, known: SideInfo) -> bytes:
+        """Sort, then write."""
+        order, sorted_ = _order(known)
+        return _PLAIN.encode(Counts(counts.values[order], counts.top), sorted_)
+
+    def decode(self, body: Body, known: SideInfo) -> Counts:
+        """Read, then put back in place."""
+        order, sorted_ = _order(known)
+        found = _PLAIN.decode(body, sorted_)
+        values = np.empty_like(found.values)
+        values[order] = found.values
+        return Counts(values, found.top)
+
+    def max_body(self, numel: int, layers: int) -> int:
+        """As ``counts``."""
+        return _PLAIN.max_body(numel, 256)
+
+
+def _order(known: SideInfo) -> tuple[NDArray[np.intp], SideInfo]:
+    if known.classes is None:
+        return np.arange(known.numel), known
+    classes = known.checked_classes()
+    sizes = np.bincount(classes)
+    return np.argsort(classes, kind="stable"), SideInfo(tuple(sizes[sizes > 0].tolist()))

@@ -1,0 +1,23 @@
+"""A server of 100 clients and 10 million parameters stays under 1 GB, torch's own half of it included."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tiny import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize(("method", "clients"), [("fedpm", 100), ("deltamask", 20)])
+def test_a_server_of_ten_million_parameters_stays_under_a_gigabyte(method, clients, monkeypatch):
+    """FedPM's replies are the larger, 125 MB a round; DeltaMask's decoding is the costlier, client by client."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.delitem(sys.modules, "benchmarks", raising=False)
+    from benchmarks.server_memory import measure
+
+    found = measure(method, clients, 2)
+    assert found["parameters"] > 10_000_000
+    assert found["broadcast_mb"] > 3  # votes of all clients, not the nothing of round 1
+    assert found["peak_mb"] < 1000, found
