@@ -29,6 +29,8 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).parents[1]
+# One batch of the 467 examples that a device has.
+ONE = {"clients": 1, "min_nodes": 1, "local_epochs": 1, "batch_size": 2000}
 SCRIPTS = Path(sys.executable).parent
 QUIET = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -141,7 +143,7 @@ def contained(folder, cpus, rounds):
             )
             try:
                 stack.up("superlink", "serverapp", "node0")
-                runner = stack.start("run", clients=1, num_server_rounds=rounds, local_epochs=1, batch_size=2000)
+                runner = stack.start("run", **{**ONE, "num_server_rounds": rounds})
                 lines = stack.finished(runner)
                 where = "cat /sys/fs/cgroup/memory.peak 2>/dev/null || "
                 where += "cat /sys/fs/cgroup/memory/memory.max_usage_in_bytes"

@@ -13,6 +13,9 @@ client   -> the node announces its reply: start of the client process, training,
 up       -> the whole reply is there
 server   -> the round is complete: the ServerApp asks every 3 s, adds up, evaluates, saves
 =======  ==========================================================================================
+
+"cpu" is what a node's container computed meanwhile: with a core of its own, a device's "client" is that and
+Flower's looks for work; on a busy machine it is longer.
 """
 
 from __future__ import annotations
@@ -68,6 +71,19 @@ def shape(container, up, down):
         stacks.sh(*where, "tc", "qdisc", "add", "dev", device, "root", *limit)
 
 
+def computed(process):
+    """CPU seconds that the container of a process has used."""
+    for line in Path(f"/proc/{process}/cgroup").read_text().splitlines():
+        _, kinds, place = line.split(":", 2)
+        old = Path(f"/sys/fs/cgroup/cpuacct{place}/cpuacct.usage")
+        new = Path(f"/sys/fs/cgroup{place}/cpu.stat")
+        if "cpuacct" in kinds.split(",") and old.exists():
+            return int(old.read_text()) / 1e9
+        if not kinds and new.exists():
+            return int(new.read_text().split()[1]) / 1e6
+    raise FileNotFoundError("no control group tells its CPU time")
+
+
 def addresses(stack):
     """A node's address on the fleet network -> its name."""
     told = {name: json.loads(stacks.docker("inspect", stack.container(name))) for name in NODES}
@@ -76,17 +92,24 @@ def addresses(stack):
 
 
 def run(stack, name, rounds, **config):
-    """Train; when each round began and ended (clock time), and its line of metrics."""
-    marks = []
+    """Train; when each round began and ended (clock time), its line of metrics with a node's CPU seconds."""
+    marks, used = [], []
+    nodes = [pid(stack.container(node)) for node in NODES]
     runner = stack.start(name, num_server_rounds=rounds, round_timeout=1800.0, **config)
     for number in range(1, rounds + 1):
+        looks = 0
         while len(stack.lines(name)) < number:
-            assert stacks.docker("inspect", "-f", "{{.State.Running}}", runner) == "true", stack.logs()
+            looks += 1
+            if looks % 100 == 0:
+                assert stacks.docker("inspect", "-f", "{{.State.Running}}", runner) == "true", stack.logs()
             time.sleep(0.1)
-        marks.append(time.time())
+        marks.append((stack.folder / name / "metrics.jsonl").stat().st_mtime)  # the line came then
+        used.append(mean(computed(node) for node in nodes))
     lines = stack.finished(runner)
     assert all(line["clients_ok"] == len(NODES) for line in lines), lines
     # The first round waits for nodes, carries the app, and dense weights do not go down in it.
+    for line, (before, after) in zip(lines[1:], pairwise(used), strict=True):
+        line["cpu"] = after - before
     return [(*times, line) for times, line in zip(pairwise(marks), lines[1:], strict=True)]
 
 
@@ -124,6 +147,7 @@ def row(method, rounds, found):
         "wire_up": round(mean(part["wire_up"] for part in found)),
         "wire_down": round(mean(part["wire_down"] for part in found)),
         "parts": figures,
+        "cpu": round(mean(line["cpu"] for line in lines), 2),
         "transfer": round(figures["down"] + figures["up"], 2),
         "numel": round(lines[0]["uplink_bytes"] * 8 / lines[0]["uplink_bpp"] / len(NODES)),
     }
@@ -133,16 +157,15 @@ def table(rows):
     dense = next(row for row in rows if row["method"] == DENSE)
     lines = [
         "| method | frame up | frame down | wire up | wire down | s a round | faster | transfer s | faster "
-        "| wait | down | client | up | server |",
-        "|---|" + "---:|" * 13,
+        "| wait | down | client | up | server | cpu s |",
+        "|---|" + "---:|" * 14,
     ]
     for r in rows:
         sizes = [f"{r[key] / 1000:,.0f} kB" for key in ("uplink_bytes", "downlink_bytes", "wire_up", "wire_down")]
         times = [f"{r['seconds']:.1f}", f"{dense['seconds'] / r['seconds']:.1f}x"]
         times += [f"{r['transfer']:.1f}", f"{dense['transfer'] / r['transfer']:.1f}x"]
-        lines.append(
-            "| " + " | ".join([r["method"], *sizes, *times, *(f"{r['parts'][p]:.1f}" for p in PARTS)]) + " |"
-        )
+        times += [*(f"{r['parts'][part]:.1f}" for part in PARTS), f"{r['cpu']:.1f}"]
+        lines.append("| " + " | ".join([r["method"], *sizes, *times]) + " |")
     return "\n".join(lines)
 
 

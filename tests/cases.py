@@ -16,6 +16,8 @@ import oracles_methods as oracles
 import oracles_slimming as slimming
 import weit_cases as weit
 
+from fedmask_flwr.methods import resolve
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,10 +33,16 @@ class Case:
     reply: Callable[..., Any] | None = None  # (method, state, client, rng) -> payload, where not any bits will do
     net: str = "net"  # of tiny
     visible: Callable[..., Any] | None = None  # (method, state) -> what the oracle predicts
+    flip_rate: float = 2.0**-8  # of every other reply
 
     def config(self):
         """The method's own settings, without the codec."""
         return {k: v for k, v in self.settings.items() if k != "codec"}
+
+    @property
+    def personal(self):
+        """Whether nodes are asked for their client numbers."""
+        return resolve(self.method).personal or self.settings.get("downlink", "whole") != "whole"
 
 
 CASES = {
@@ -42,6 +50,17 @@ CASES = {
     "fedpm-window": Case("fedpm", oracles.beta, {"reset": 3, "prior": 2.0, "estimator": "mean"}, accuracy=0.5),
     "deltamask": Case("deltamask", oracles.beta),
     "deltamask-filter": Case("deltamask", oracles.beta, {"codec": "fuse8+png", "kappa": 1.0}, bpp_up=9.5),
+    "deltamask-relay": Case("deltamask", oracles.beta, {"downlink": "relay", "reset": 2}, flip_rate=0.0),
+    "deltamask-votes": Case("deltamask", oracles.beta, {"downlink": "votes", "reset": 2}, flip_rate=0.0),
+    "klms": Case("klms", oracles.beta, reply=oracles.klms_reply, flip_rate=0.0),
+    "klms-relay": Case(
+        "klms",
+        oracles.beta,
+        {"downlink": "relay", "reset": 2, "target_bpp": 0.25},
+        bpp_up=0.25,
+        reply=oracles.klms_reply,
+        flip_rate=0.0,
+    ),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),
     "fedmask": Case("fedmask", fedmask.fedmask, bpp_up=1.6, lr=0.1, reply=fedmask.reply, visible=fedmask.visible),
     "fedmask-bit": Case(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from fedmask_flwr.wire import Counts, Payload
+
 
 def beta(method, rounds):
     """FedPM's and DeltaMask's posterior, one position at a time; ``rounds`` holds lists of updates.
@@ -53,3 +55,9 @@ def fedavg(method, rounds):
 def standalone(method, rounds):
     """The server never learns anything."""
     return method.start
+
+
+def klms_reply(method, state, client, rng):
+    """Any candidate of each of a few blocks."""
+    top = (1 << method.config.index_bits) - 1
+    return Payload(counts={"index": Counts(rng.integers(0, top + 1, 3 + client).astype(np.uint32), top)})

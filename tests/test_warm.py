@@ -71,6 +71,7 @@ def start(folder, *argv, program=node.CLIENT, **env):
         capture_output=True,
         text=True,
         check=False,
+        timeout=shim.WAIT + 30,
     )
 
 

@@ -40,6 +40,7 @@ from .records import frame_array, frame_of, frame_record, plan_record, read_broa
 from .roster import Roster
 
 INFO, ERROR = 20, 40
+SHARED = 8  # broadcasts that are kept coded while messages are written
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 
 
@@ -337,18 +338,22 @@ class MaskStrategy(Strategy):
                     "fedmask_flwr.flower.identify as the ClientApp's query handler"
                 )
         say = partial(self.method.inquire if kind == "evaluate" else self.method.broadcast, self.state)
-        frame: Array | None = None
-        said: Payload | None = None
+        frames: dict[int, tuple[Payload, Array]] = {}  # one array of all messages that say the same
+        payload = None
         messages = []
         for node in nodes:
             client = self.roster.told.get(node, node)
-            if self.method.personal or frame is None:
+            if self.method.personal or payload is None:
                 payload = say(client)
-                if frame is None or payload is not said:  # one array of all messages that say the same
-                    shared = self.method.recall(self.state, client)
-                    packed = self._pack(payload, server_round, self.method.heard(shared))
-                    frame, said = frame_array(packed, self.method.numel), payload
-            content = plan_record(self.plan, server_round, frame, config)  # one each: Flower may edit it
+            if id(payload) not in frames:
+                shared = self.method.recall(self.state, client)
+                packed = self._pack(payload, server_round, self.method.heard(shared))
+                if len(frames) == SHARED:
+                    frames.pop(next(iter(frames)))
+                frames[id(payload)] = payload, frame_array(packed, self.method.numel)
+            content = plan_record(
+                self.plan, server_round, frames[id(payload)][1], config
+            )  # one each: Flower may edit it
             messages.append(Message(content, node, kind))
         return messages
 

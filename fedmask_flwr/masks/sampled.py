@@ -33,6 +33,10 @@ class Draws:
     blocks: int
     size: int
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.blocks < 2**31 or self.size < 1:
+            raise ValueError(f"one block and one candidate at least, got {self.blocks} blocks of {self.size}")
+
     def block_of(self, d: int) -> NDArray[np.int32]:
         """Block of each position, (d,): by lot, so that blocks are alike whatever the layers' shapes."""
         check_range(d, 0)
@@ -51,9 +55,13 @@ class Draws:
         return derive(*self.key, "place").k0, words(derive(*self.key, "candidate"), self.size)
 
 
+def _inner(theta: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.clip(theta, 1e-12, 1.0 - 1e-12)
+
+
 def divergence(theta_k: NDArray[np.float64], theta_g: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(Bern(theta_k) || Bern(theta_g)) in bits, elementwise; theta_g in (0, 1)."""
-    k, g = np.clip(theta_k, 1e-12, 1.0 - 1e-12), theta_g
+    """KL(Bern(theta_k) || Bern(theta_g)) in bits, elementwise; both count as in [1e-12, 1 - 1e-12]."""
+    k, g = _inner(theta_k), _inner(theta_g)
     found: NDArray[np.float64] = k * np.log2(k / g) + (1.0 - k) * np.log2((1.0 - k) / (1.0 - g))
     return found
 
@@ -67,11 +75,12 @@ def pick(
 ) -> NDArray[np.uint32]:
     """Choose a candidate for every block: (blocks,) uint32.
 
-    ``theta_g`` and ``theta_k`` are (d,) in (0, 1); ``chance`` is the client's own. Among few candidates, those
+    ``theta_g`` and ``theta_k`` are (d,) in [0, 1]; ``chance`` is the client's own. Among few candidates, those
     chosen by weight move less than theta_k asks for; the log weights are therefore scaled until the expected log
     weight is that of a sample of theta_k. The change so keeps its size at any number of blocks that can carry it,
-    and shrinks below. Positions where nothing changed cost nothing; the others ``size`` hashes each. Of these, the ones
-    that changed least and together hold a share ``rest`` of the divergence stay as theta_g has them.
+    and shrinks below. Positions where nothing changed cost nothing; the others ``size`` hashes each. Of these, the
+    ones that changed least and together hold a share ``rest`` of the divergence are left to chance: at 1e-3 that
+    is half the work and nothing of the change (measured on FedPM's theta of rounds 8 and 16).
     """
     scores, wanted = _scores(draws, theta_g, theta_k, rest)
     scores *= np.float32(_scale(scores, wanted))
@@ -85,8 +94,8 @@ def _scores(
     draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
-    k = np.clip(theta_k, 1e-12, 1.0 - 1e-12)
-    gain = np.log(k / theta_g) - np.log((1.0 - k) / (1.0 - theta_g))  # of a one over a zero
+    k, g = _inner(theta_k), _inner(theta_g)
+    gain = np.log(k / g) - np.log((1.0 - k) / (1.0 - g))  # of a one over a zero
     block = draws.block_of(theta_g.size)
     moved = np.flatnonzero(gain)
     if rest > 0.0:
@@ -143,7 +152,15 @@ def _gumbel(key: Key, n: int, start: int) -> NDArray[np.float32]:
 
 
 def replay(draws: Draws, theta_g: NDArray[np.float64], chosen: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """The mask that ``chosen`` (blocks,) stands for: (d,) bool, the same bits on every machine."""
+    """The mask that ``chosen`` (blocks,) stands for: (d,) bool, the same bits on every machine.
+
+    Raises
+    ------
+    ValueError
+        `chosen` is not a number of a candidate for every block.
+    """
+    if chosen.shape != (draws.blocks,) or int(chosen.max()) >= draws.size:
+        raise ValueError(f"{draws.blocks} blocks need a number below {draws.size} each, got {chosen.shape} numbers")
     k0, keys = draws.candidates()
     k1 = keys[chosen]
     block, d = draws.block_of(theta_g.size), theta_g.size

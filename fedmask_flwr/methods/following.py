@@ -6,12 +6,14 @@ other one, a sample of its theta; ``downlink = "votes"`` shows only sums, as ``"
 
 from __future__ import annotations
 
+import logging
 import math
 import zlib
 from abc import ABC
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -23,11 +25,14 @@ from torch.optim import Optimizer
 from fedmask_flwr.aggregate import VoteCounter
 from fedmask_flwr.masks import MaskSpec
 from fedmask_flwr.wire import Counts, Frame, Payload, Scalar, SideInfo, WireError
+from fedmask_flwr.wire import Field as Coded
 
 from .base import Fields, Known, Memory, Training, Turn, Update
 from .beta import BetaConfig, BetaMethod, BetaState
 from .reading import read_reply
 from .trail import Relayed, Trail, counts_bytes, given_bytes, levels, read_rounds, shortened, write_round
+
+log = logging.getLogger(__name__)
 
 
 class FollowedConfig(BetaConfig):
@@ -50,7 +55,8 @@ class FollowedMethod(BetaMethod, ABC):
         self.personal = self.config.downlink != "whole"
         if self.personal:
             self.codecs = {**self.codecs, "counts": "counts-by-class"}
-        self._said: tuple[BetaState | None, dict[int, Payload | None]] = (None, {})
+        self._most = 4 * self.numel + 256  # bytes that counts can take: no relay is longer
+        self._said: tuple[BetaState | None, dict[int | None, Payload]] = (None, {})
 
     # Server
 
@@ -73,19 +79,20 @@ class FollowedMethod(BetaMethod, ABC):
 
     def broadcast(self, state: BetaState, client: int | None = None) -> Payload:
         """Integer counts, or less to a device that follows; nothing at all before the first votes."""
-        base = state.trail.base(client) if self.personal and client is not None else None
-        if base is None or state.total == 0 or state.flips > 0.0:
+        if not self.personal or client is None:
             return super().broadcast(state)
-        if self._said[0] is not state:  # devices that hold the same are told the same
-            self._said = state, {}
-        if base not in self._said[1]:
-            self._said[1][base] = self._less(state, base)
-        return self._said[1][base] or super().broadcast(state)
+        if self._said[0] is not state:  # devices that hold the same are told the same, which is coded once
+            self._said = state, {None: super().broadcast(state)}
+        said, base = self._said[1], state.trail.base(client)
+        if base not in said:
+            less = None if base is None or state.total == 0 or state.flips > 0.0 else self._less(state, base)
+            said[base] = said[None] if less is None else less
+        return said[base]
 
     def _less(self, state: BetaState, base: int) -> Payload | None:
         """What has come to the counts that round ``base`` began with, where that is less than the counts."""
         trail = state.trail
-        meta = {"from": base, "check": checksum(state.ones)}
+        meta = {"from": base, "check": checksum(state.ones, state.total)}
         relay = trail.since(base) if self.config.downlink == "relay" else None
         votes = trail.votes if base == trail.last else math.inf
         if relay is not None and len(relay) <= min(votes, trail.whole):
@@ -109,12 +116,13 @@ class FollowedMethod(BetaMethod, ABC):
     def aggregate(self, state: BetaState, updates: Iterable[Update]) -> BetaState:
         """alpha += M, beta += K - M; reset first when the window of ceil(1/rho) rounds is over."""
         votes, flips = VoteCounter(self.numel), 0.0
-        replies = []
+        replies: dict[int, tuple[Coded, ...]] = {}
+        room = self._most if self.config.downlink == "relay" else -1
         for update in updates:
             votes.add(update.payload.bits["mask"])
             flips += update.flip_rate
-            if self.personal:
-                replies.append((update.client, update.fields))
+            room -= sum(len(coded.body) for coded in update.fields)
+            replies[update.client] = update.fields if room >= 0 else ()  # nobody would be told more
         if votes.masks == 0:
             return state
         anew = self.anew(state)
@@ -122,14 +130,19 @@ class FollowedMethod(BetaMethod, ABC):
         following = self.cast(state, cast, votes.masks, flips, anew)
         if not self.personal:
             return following
-        found = Relayed(state.trail.now, anew, tuple(replies))
-        return replace(following, trail=self._trail(state, following, cast, found))
+        relay = b""
+        if room >= 0 and state.flips == 0.0 == flips:  # else no device could repeat the round
+            found = Relayed(state.trail.now, anew, tuple(sorted(replies.items(), key=itemgetter(0))))
+            relay = write_round(found, self._names(self.broadcast(state)))
+        return replace(following, trail=self._trail(state, following, cast, sorted(replies), relay))
 
-    def _trail(self, old: BetaState, new: BetaState, votes: npt.NDArray[np.uint32], found: Relayed) -> Trail:
-        trail, names = old.trail, self._names(self.broadcast(old))
-        whole = counts_bytes(new.ones)
-        kept = trail.relay.tobytes() + write_round(found, names) if self.config.downlink == "relay" else b""
-        kept, dropped = shortened(kept, whole)  # nobody would be told more
+    def _trail(
+        self, old: BetaState, new: BetaState, votes: npt.NDArray[np.uint32], clients: Sequence[int], relay: bytes
+    ) -> Trail:
+        trail, whole = old.trail, counts_bytes(new.ones)
+        kept, dropped = b"", trail.now + 1
+        if relay:
+            kept, dropped = shortened(trail.relay.tobytes() + relay, whole)
         return replace(
             trail,
             last=trail.now,
@@ -139,7 +152,7 @@ class FollowedMethod(BetaMethod, ABC):
             relay=np.frombuffer(kept, np.uint8),
             whole=whole,
             votes=given_bytes(votes, levels(old.ones, old.total)),
-            held=trail.with_trained([client for client, _ in found.replies]),
+            held=trail.with_trained(clients),
         )
 
     # Both ends
@@ -147,14 +160,16 @@ class FollowedMethod(BetaMethod, ABC):
     def down(self, shared: Memory) -> Fields:
         """Vote counts, or what has come to those that the device holds."""
         whole = super().down(shared)
-        more: Fields = {"votes": ("counts", self.numel), "relay": ("counts", range(1, 1 << 31))}
+        more: Fields = {"votes": ("counts", self.numel), "relay": ("counts", range(1, self._most + 1))}
         return {**whole, **more} if self.personal else whole
 
     def heard(self, shared: Memory) -> Known:
         """The layers, and for votes the counts that the device holds."""
         layers = SideInfo(self.spec.sizes)
-        if "ones" not in shared:
+        if not self.personal:
             return layers
+        if "ones" not in shared:
+            return {"ones": layers}
         held, total = shared["ones"], int(shared["head"][1])
         return {"ones": layers, "votes": SideInfo(self.spec.sizes, None, partial(levels, held, total))}
 
@@ -178,18 +193,25 @@ class FollowedMethod(BetaMethod, ABC):
                 "of them in its next round"
             )
         state = BetaState(memory["ones"].astype(np.uint32), int(memory["head"][1]), 0, 0.0)
+        try:
+            state = self._brought(state, got, turn)
+            if checksum(state.ones, state.total) == got.meta.get("check"):
+                return self.broadcast(state)
+        except ValueError as error:
+            log.warning("client %d cannot follow: %s", turn.client, error)
+        raise WireError(
+            "what this device holds and what it was told do not add up to the server's counts: it will be told all "
+            "of them in its next round"
+        )
+
+    def _brought(self, state: BetaState, got: Payload, turn: Turn) -> BetaState:
+        """The state after what a broadcast brings."""
         if "votes" in got.counts:
             votes = got.counts["votes"]
-            state = self.cast(state, votes.values, votes.top, 0.0, bool(got.meta.get("anew")))
-        else:
-            for found in read_rounds(got.counts["relay"].values.astype(np.uint8).tobytes(), self._names(got)):
-                state = self._replayed(state, found, turn)
-        if checksum(state.ones) != got.meta.get("check"):
-            raise WireError(
-                "what this device holds and what it was told do not add up to the server's counts: it will be told "
-                "all of them in its next round"
-            )
-        return self.broadcast(state)
+            return self.cast(state, votes.values, votes.top, 0.0, bool(got.meta.get("anew")))
+        for found in read_rounds(got.counts["relay"].values.astype(np.uint8).tobytes(), self._names(got)):
+            state = self._replayed(state, found, turn)
+        return state
 
     def _names(self, got: Payload) -> list[str]:
         return sorted({name for form in self.up(got, {}) for name in form})
@@ -207,7 +229,17 @@ class FollowedMethod(BetaMethod, ABC):
     # Client
 
     def begin(self, got: Payload, model: nn.Module, training: Training, turn: Turn, memory: Memory) -> Optimizer:
-        """As ever, and keep the counts that the round begins with."""
+        """As ever, and keep the counts that the round begins with.
+
+        Raises
+        ------
+        ValueError
+            The device is private, and its reply would be handed on to the others.
+        """
+        if turn.private and self.config.downlink == "relay":
+            raise ValueError(
+                'this device is private, and downlink = "relay" hands its replies on to all other devices: use "votes"'
+            )
         if self.personal:
             counts = got.counts.get("ones", Counts(np.zeros(self.numel, np.uint32), 0))
             memory.update(memory_of(counts.values, counts.top, turn.round))
@@ -219,6 +251,6 @@ def memory_of(ones: npt.NDArray[np.uint32], total: int, round_: int) -> Memory:
     return {"ones": ones.astype(np.min_scalar_type(total)), "head": np.array([round_, total], np.int64)}
 
 
-def checksum(ones: npt.NDArray[np.uint32]) -> int:
-    """CRC-32 of counts."""
-    return zlib.crc32(ones.astype("<u4").tobytes())
+def checksum(ones: npt.NDArray[np.uint32], total: int) -> int:
+    """CRC-32 of counts, begun at their total."""
+    return zlib.crc32(ones.astype("<u4").tobytes(), total)

@@ -36,6 +36,8 @@ from .base import Fields, Memory, Turn
 from .beta import trained_theta
 from .following import FollowedConfig, FollowedMethod
 
+REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
+
 
 class KlmsConfig(FollowedConfig):
     """FedPM's settings and the size of the code."""
@@ -64,7 +66,7 @@ class Klms(FollowedMethod):
         """The candidates chosen for the trained theta."""
         theta_g, theta_k = self.theta(got), trained_theta(optimizer).astype(np.float64)
         draws = self._draws(turn, self.blocks(float(divergence(theta_k, theta_g).sum())))
-        chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client))
+        chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client), REST)
         return Payload(counts={"index": Counts(chosen, draws.size - 1)})
 
     def blocks(self, bits: float) -> int:

@@ -124,12 +124,9 @@ def test_full_disk(small, undisturbed):
 
 @pytest.fixture(scope="module")
 def clock(image):
-    """The image with a library that fakes the clock."""
-    name = f"{IMAGE}-clock"
-    docker(
-        "build", "-q", "--build-arg", f"FEDMASK_IMAGE={IMAGE}", "-t", name, "-f", HERE / "clock.Dockerfile", HERE
-    )
-    return name
+    """The image with a clock that can be wrong."""
+    base = "--build-arg", f"FEDMASK_IMAGE={IMAGE}"
+    docker("build", "-q", *base, "-t", f"{IMAGE}-clock", "-f", HERE / "clock.Dockerfile", HERE)
 
 
 def off(stack, node):
@@ -152,29 +149,19 @@ def test_clocks_an_hour_off(started, clock, undisturbed):
 def test_clock_an_hour_off_with_node_keys(started, clock, undisturbed):
     """Signed calls carry their time: the node is refused, the doctor says why, and set right it takes part."""
     files = "compose.tls.yaml", str(HERE / "clock.yaml")
-    stack = started(Stack, "signed", *files, FEDMASK_NODE2_CLOCK="+0s")
+    stack = started(Stack, "signed", *files, FEDMASK_NODE2_CLOCK="0")
     stack.up("superlink", "serverapp", "node0", "node2")
     stack.compose("up", "-d", "node1")
     until(lambda: "Invalid timestamp" in stack.logs("node1"), "node1 is refused")
-    told = (
-        "fedmask",
-        "doctor",
-        "--superlink",
-        "superlink:9092",
-        "--root-certificates",
-        "/keys/public/ca.crt",
-        "--json",
-    )
-    for node, status, words in (
-        ("node1", "fail", rf"{HOUR // 100}\d\d s ahead of the SuperLink's"),
-        ("node0", "ok", ""),
-    ):
+    told = "--superlink", "superlink:9092", "--root-certificates", "/keys/public/ca.crt", "--json"
+    ahead, right = r" 3(59|60)\d s ahead of the SuperLink's", r" [0-4] s (ahead of|behind) the SuperLink's"
+    for node, status, words in (("node1", "fail", ahead), ("node0", "ok", right)):
         done = stack.compose("run", "--rm", "--no-deps", "-T", node, "fedmask", "doctor", *told, check=False)
         findings = {one["name"]: one for one in json.loads(done.stdout)["findings"]}
         assert findings["clock"]["status"] == status, findings["clock"]
         assert re.search(words, findings["clock"]["seen"]), findings["clock"]
-        assert done.returncode == (status == "fail"), findings
-    stack.env["FEDMASK_NODE1_CLOCK"] = "+0s"
+        assert status == "ok" or done.returncode == 1
+    stack.env["FEDMASK_NODE1_CLOCK"] = "0"
     stack.up()
     assert whole(stack.finished(stack.start("signed", num_server_rounds=2, **SETTINGS)), 2)
     assert (stack.folder / "signed/mask.fedmask").read_bytes() == undisturbed(2)

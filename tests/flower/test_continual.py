@@ -483,7 +483,9 @@ def test_a_device_s_network_of_a_task_can_be_exported(whole):
 
 def test_a_turn_that_diverged_is_not_remembered(tmp_path):
     """Its reply cannot be sent; the device goes on from what it knew before."""
-    lines, _ = go(tmp_path / "run", learning_rate=1e30, num_server_rounds=2, fraction_evaluate=0.0)
+    lines, _ = go(
+        tmp_path / "run", learning_rate=1e30, num_server_rounds=2, fraction_evaluate=0.0, max_silent_rounds=0
+    )
     assert [line["clients_failed"] for line in lines] == [3, 3]
     assert not list((tmp_path / "run/memory").rglob("*.safetensors"))
 

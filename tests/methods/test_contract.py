@@ -13,7 +13,7 @@ from cases import CASES
 from fedmask_flwr.checkpoint import load_state, save_state
 from fedmask_flwr.masks import derive, frozen_weights, initialise
 from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, View, resolve
-from fedmask_flwr.wire import Counts, Payload, SideInfo, codec_names, pack, unpack
+from fedmask_flwr.wire import Counts, Frame, Payload, SideInfo, codec_names, pack, unpack
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 WITH_NETWORK = {name: case for name, case in CASES.items() if resolve(case.method).modes}
@@ -27,12 +27,30 @@ def build(case):
     return kind(kind.layout(model), model, kind.Config(**case.config())), model
 
 
-def random_update(case, method, client, seed, state=None):
-    """A reply that the method allows, of random content."""
+def begun(method, state, round_):
+    return method.advance(state, Turn(1, round_, 6, 0))
+
+
+def random_update(case, method, client, seed, state=None, round_=1):
+    """A reply that the method allows, of random content, as the server reads it."""
     state = method.init() if state is None else state
+    payload, rng = random_reply(case, method, client, seed, state)
+    got, shared, turn = method.understood(state, client), method.recall(state, client), Turn(1, round_, 6, client)
+    coded = pack(payload, digest=DIGEST, round_=round_, known=method.known(got, turn, shared))
+    meant = method.reconstruct(got, payload, turn)
+    fields = Frame.parse(coded).fields
+    return Update(client, meant, float(rng.integers(1, 50)), float(client % 2) * case.flip_rate, fields)
+
+
+def random_reply(case, method, client, seed, state):
     rng = np.random.default_rng([client, seed])
-    payload = (case.reply or any_reply)(method, state, client, rng)
-    return Update(client, payload, float(rng.integers(1, 50)), float(client % 2) * 2.0**-8)
+    return (case.reply or any_reply)(method, state, client, rng), rng
+
+
+def aggregated(case, method, clients, state=None, round_=1):
+    """A round of random replies of so many clients."""
+    state = begun(method, method.init() if state is None else state, round_)
+    return method.aggregate(state, [random_update(case, method, k, 0, state, round_) for k in range(clients)])
 
 
 def any_reply(method, state, client, rng):
@@ -64,7 +82,8 @@ def test_aggregation_equals_the_pseudocode(case):
     method, _ = build(case)
     state, rounds = method.init(), []
     for number, clients in enumerate([3, 5, 0, 1, 4, 2]):
-        updates = [random_update(case, method, k, number, state) for k in range(clients)]
+        state = begun(method, state, number + 1)
+        updates = [random_update(case, method, k, number, state, number + 1) for k in range(clients)]
         rounds.append(updates)
         state = method.aggregate(state, iter(updates))
         assert np.allclose(visible(case, method, state), case.oracle(method, rounds), rtol=1e-6, atol=1e-7)
@@ -73,9 +92,10 @@ def test_aggregation_equals_the_pseudocode(case):
 @every_case
 def test_aggregation_does_not_depend_on_order(case):
     method, _ = build(case)
-    updates = [random_update(case, method, k, 0) for k in range(7)]
-    forward = method.aggregate(method.init(), iter(updates))
-    backward = method.aggregate(method.init(), (u for u in reversed(updates)))
+    start = begun(method, method.init(), 1)
+    updates = [random_update(case, method, k, 0, start) for k in range(7)]
+    forward = method.aggregate(start, iter(updates))
+    backward = method.aggregate(start, (u for u in reversed(updates)))
     if case.exact:
         assert tiny.equal(forward, backward)
     else:
@@ -108,14 +128,14 @@ def test_no_update_leaves_the_state(case):
     method, _ = build(case)
     fresh = method.init()
     assert tiny.equal(method.aggregate(fresh, iter(())), fresh)
-    state = method.aggregate(fresh, [random_update(case, method, 0, 0)])
+    state = aggregated(case, method, 1)
     assert tiny.equal(method.aggregate(state, iter(())), state)
 
 
 @every_case
 def test_state_survives_the_disk(case, tmp_path):
     method, _ = build(case)
-    for state in (method.init(), method.aggregate(method.init(), [random_update(case, method, 0, 0)])):
+    for state in (method.init(), aggregated(case, method, 1)):
         save_state(tmp_path / "state", state, {"round": 3})
         back, meta = load_state(tmp_path / "state", method.State)
         assert tiny.equal(back, state)
@@ -125,9 +145,9 @@ def test_state_survives_the_disk(case, tmp_path):
 @every_case
 def test_payloads_round_trip_through_every_codec(case):
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
+    state = aggregated(case, method, 3)
     got, shared, turn = method.broadcast(state, 0), method.recall(state, 0), Turn(1, 2, 5, 0)
-    reply = random_update(case, method, 0, 0, state).payload
+    reply, _ = random_reply(case, method, 0, 0, state)
     ways = [(got, method.down(shared), method.heard(shared))]
     ways += [(reply, form, method.known(got, turn, shared)) for form in method.up(got, shared)[:1]]
     for payload, fields, known in ways:
@@ -165,21 +185,22 @@ def test_a_turn_is_deterministic_and_in_bounds(case):
     runs = []
     for _ in range(2):
         method, _ = build(case)
-        state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
+        state = aggregated(case, method, 3)
         frames, memory = [], {}
         for round_ in (2, 3):
-            payload, frame = take_turn(case, method, state, Turn(1, round_, 5, 3), memory)
+            state = begun(method, state, round_)
+            update, frame = take_turn(case, method, state, Turn(1, round_, 6, 3), memory)
             frames.append(frame)
-            state = method.aggregate(state, [Update(3, payload, 1.0, 0.0)])
+            state = method.aggregate(state, [update])
         runs.append(frames)
         assert all(8 * len(frame) <= case.bpp_up * method.numel + 8 * 120 for frame in frames)
     assert runs[0] == runs[1]
 
 
 def take_turn(case, method, state, turn, memory):
-    """Three steps on the tiny task; the reply and its frame."""
+    """Three steps on the tiny task; the reply as the server reads it, and its frame."""
     _, model = build(case)
-    got = method.broadcast(state, turn.client)
+    got = method.complete(method.broadcast(state, turn.client), turn, memory)
     optimizer = method.begin(got, model, Training(), turn, memory)
     x, y = map(torch.from_numpy, tiny.blobs("train", ""))
     for _ in range(3):
@@ -191,23 +212,28 @@ def take_turn(case, method, state, turn, memory):
     assert {*payload.bits, *payload.counts, *payload.dense} in [set(form) for form in forms]
     codecs = {**method.codecs, "bits": case.settings.get("codec", "auto")}
     known = method.known(got, turn, memory)
-    return payload, pack(payload, digest=DIGEST, round_=turn.round, known=known, codecs=codecs)
+    frame = pack(payload, digest=DIGEST, round_=turn.round, known=known, codecs=codecs)
+    meant = method.reconstruct(method.understood(state, turn.client), payload, turn)
+    return Update(turn.client, meant, 1.0, 0.0, Frame.parse(frame).fields), frame
 
 
 @every_case
 def test_known_is_the_same_on_both_ends(case):
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
+    state = aggregated(case, method, 4)
     for client in (0, 1):
         sent, shared = method.broadcast(state, client), method.recall(state, client)
-        frame = pack(sent, digest=DIGEST, round_=2, known=method.heard(shared))
+        frame = pack(sent, digest=DIGEST, round_=2, known=method.heard(shared), codecs=method.codecs)
         expect = {name: numel for name, (_, numel) in method.down(shared).items()}
         got = unpack(frame, digest=DIGEST, round_=2, known=method.heard(shared), expect=expect).payload
-        here, there = (by_name(method.known(p, Turn(1, 2, 5, client), shared)) for p in (sent, got))
+        turn = Turn(1, 2, 6, client)
+        ends = method.understood(state, client), method.complete(got, turn, dict(shared))
+        here, there = (by_name(method.known(p, turn, shared)) for p in ends)
         assert here.keys() == there.keys()
         for name, known in here.items():
             assert known.sizes == there[name].sizes
             assert np.array_equal(known.reference, there[name].reference)
+            assert np.array_equal(known.checked_classes(), there[name].checked_classes())
 
 
 def by_name(known):
@@ -218,7 +244,7 @@ def by_name(known):
 def test_install_writes_the_network_in_every_mode(case):
     method, model = build(case)
     frozen = frozen_weights(model, method.spec)
-    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
+    state = aggregated(case, method, 4)
     for mode in method.modes:
         method.install(method.broadcast(state), model, frozen, View(mode, derive(1, "x")))
         assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -232,10 +258,11 @@ def test_install_writes_a_device_s_own_network(case):
     """With the memory of its last turn, and without one."""
     method, model = build(case)
     frozen, memory = frozen_weights(model, method.spec), {}
-    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(3)])
-    payload, _ = take_turn(case, method, state, Turn(1, 2, 5, 3), memory)
-    state = method.aggregate(state, [Update(3, payload, 1.0, 0.0)])
-    told = [(method.broadcast(state, 3), memory)]
+    state = aggregated(case, method, 3)
+    state = begun(method, state, 2)
+    update, _ = take_turn(case, method, state, Turn(1, 2, 6, 3), memory)
+    state = method.aggregate(state, [update])
+    told = [(method.complete(method.broadcast(state, 3), Turn(1, 2, 6, 3), memory), memory)]
     told += [(method.broadcast(state, 9), {})]  # one that the server never heard of
     for got, own in told:
         method.install(got, model, frozen, View((*method.modes, "threshold")[0], derive(1, "x"), own))
@@ -247,7 +274,7 @@ def test_install_writes_a_device_s_own_network(case):
 def test_result_can_be_read_without_the_method(case):
     """A mask, or weights, or weights and which of them they are: at most one field of a kind."""
     method, _ = build(case)
-    state = method.aggregate(method.init(), [random_update(case, method, k, 0) for k in range(4)])
+    state = aggregated(case, method, 4)
     result = method.result(state)
     assert sorted((len(result.bits), len(result.dense))) in ([0, 1], [1, 1])
     assert not result.counts

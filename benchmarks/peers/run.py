@@ -1,0 +1,144 @@
+"""Accuracy against total bytes, both directions, ours beside the field: one process, real frames, no Ray.
+
+    python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist
+    python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist --only klms,fedpm --seeds 1 --rounds 6
+    python benchmarks/peers/run.py digits --seeds 1 --rounds 4 --out /tmp/small.json
+
+Ten clients with IID parts, three local epochs; every method with its own defaults, but for what its row says. The
+metrics of every round are kept in benchmarks/results/peers-<data>.json, a run as soon as it is complete; what is
+kept is not run again. The tables are in benchmarks/peers/README.md; `--table` prints them from what is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from flwr.app import Context, RecordDict  # noqa: E402
+from loopback import LoopbackGrid  # noqa: E402
+
+from client_app.main import app  # noqa: E402
+from fedmask_flwr.flower.apps import serve  # noqa: E402
+
+RESULTS = ROOT / "benchmarks/results"
+EXACT = {"kappa": 1.0, "kappa-min": 1.0}
+ROWS = {
+    "klms": {"method": "klms", "downlink": "relay"},
+    "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
+    "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
+    "deltamask exact by votes": {"method": "deltamask", **EXACT, "downlink": "votes"},
+    "deltamask faithful": {"method": "deltamask", "codec": "fuse8+png"},
+    "fedpm": {"method": "fedpm"},
+    "fedavg": {"method": "fedavg"},
+    "signsgd": {"method": "signsgd"},
+    "qsgd": {"method": "qsgd"},
+    "eden": {"method": "eden"},
+    "topk": {"method": "topk"},
+}
+DATA = {
+    "mnist": {"data": "mnist", "model": "mlp"},
+    "held-out": {"data": "benchmarks.settings:unit", "model": "mlp"},
+    "digits": {"data": "digits", "model": "mlp"},
+    "cifar10": {"data": "cifar10", "model": "lenet5"},
+    "hapt": {"data": "hapt", "model": "har", "partition": "group"},
+}
+KEPT = ("round", "accuracy_threshold", "accuracy_sampled", "uplink_bytes", "downlink_bytes", "uplink_bpp",
+        "flower_uplink_bytes", "flower_downlink_bytes", "clients_failed", "seconds")  # fmt: skip
+CLIENTS = 10
+
+
+def run(settings: dict, rounds: int, seed: int) -> list[dict]:
+    """One federation in this process; its rounds."""
+    with tempfile.TemporaryDirectory() as out:
+        config = {
+            "out": out, "memory-dir": f"{out}/memory", "num-server-rounds": rounds, "seed": seed,
+            "clients": CLIENTS, "min-nodes": CLIENTS, "local-epochs": 3, **settings,
+        }  # fmt: skip
+        serve(LoopbackGrid(app, CLIENTS, config), Context(1, 1, {}, RecordDict(), config))
+        lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: line[key] for key in KEPT if key in line} for line in lines]
+
+
+def bits_to(run: dict, accuracy: float, numel: float) -> tuple[float, float] | None:
+    """Bits a parameter and client, up and in both directions, until the thresholded accuracy is reached."""
+    up = both = 0.0
+    for line in run["rounds"]:
+        up += line["uplink_bytes"]
+        both += line["uplink_bytes"] + line["downlink_bytes"]
+        if line["accuracy_threshold"] >= accuracy:
+            return 8 * up / CLIENTS / numel, 8 * both / CLIENTS / numel
+    return None
+
+
+def table(runs: list[dict], targets: tuple[float, ...]) -> None:
+    """Markdown: final accuracy, bits a parameter to each accuracy (up / both), bits a round from round 10 on."""
+    print(
+        f"| method | final accuracy | {' | '.join(f'bits to {t:.0%}: up / both' for t in targets)} | both, last |"
+    )
+    print("|---" * (len(targets) + 3) + "|")
+    for name in dict.fromkeys(run["name"] for run in runs):
+        mine = [run for run in runs if run["name"] == name]
+        final = [run["rounds"][-1]["accuracy_threshold"] for run in mine]
+        numel = mine[0]["numel"]
+        cells = []
+        for target in targets:
+            found = [bits_to(run, target, numel) for run in mine]
+            if None in found:
+                cells.append(f"{sum(f is not None for f in found)} of {len(found)} seeds")
+            else:
+                cells.append(" / ".join(f"{sum(f[i] for f in found) / len(found):.3g}" for i in (0, 1)))
+        last = [
+            8 * (line["uplink_bytes"] + line["downlink_bytes"]) / CLIENTS / numel
+            for run in mine for line in run["rounds"][9:] or run["rounds"][-1:]
+        ]  # fmt: skip
+        spread = f"{sum(final) / len(final):.4f} ({min(final):.4f} to {max(final):.4f})"
+        print(f"| {name} | {spread} | {' | '.join(cells)} | {max(last):.3g} |")
+
+
+def main() -> None:
+    """Run what is not kept, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=DATA)
+    parser.add_argument("--data-dir", default="")
+    parser.add_argument("--only", default=",".join(ROWS), help="rows, by name")
+    parser.add_argument("--seeds", default="1,2,3")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--set", action="append", default=[], help="key=value for all rows; part of their names")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--targets", default="0.9,0.95,0.96")
+    parser.add_argument("--table", action="store_true", help="print what is kept")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    kept = args.out or RESULTS / f"peers-{args.data}.json"
+    runs = json.loads(kept.read_text()) if kept.exists() else []
+    more = dict(pair.split("=", 1) for pair in args.set)
+    more = {key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in more.items()}
+    for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
+        for name in args.only.split(","):
+            label = ", ".join([name, *args.set])
+            if any((run["name"], run["seed"]) == (label, seed) for run in runs):
+                continue
+            began = time.monotonic()
+            settings = {"data-dir": args.data_dir, **DATA[args.data], **ROWS[name], **more}
+            lines = run(settings, args.rounds, seed)
+            numel = round(8 * lines[0]["uplink_bytes"] / CLIENTS / lines[0]["uplink_bpp"])
+            runs.append({"name": label, "seed": seed, "clients": CLIENTS, "numel": numel,
+                         "settings": settings | {"data-dir": ""}, "rounds": lines})  # fmt: skip
+            kept.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n")
+            print(label, seed, f"{time.monotonic() - began:.0f} s", lines[-1]["accuracy_threshold"], flush=True)
+    table(runs, tuple(float(t) for t in args.targets.split(",")))
+
+
+if __name__ == "__main__":
+    main()
