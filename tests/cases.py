@@ -50,8 +50,12 @@ CASES = {
     "fedpm-window": Case("fedpm", oracles.beta, {"reset": 3, "prior": 2.0, "estimator": "mean"}, accuracy=0.5),
     "deltamask": Case("deltamask", oracles.beta),
     "deltamask-filter": Case("deltamask", oracles.beta, {"codec": "fuse8+png", "kappa": 1.0}, bpp_up=9.5),
-    "deltamask-relay": Case("deltamask", oracles.beta, {"downlink": "relay", "reset": 2}, flip_rate=0.0),
-    "deltamask-votes": Case("deltamask", oracles.beta, {"downlink": "votes", "reset": 2}, flip_rate=0.0),
+    "deltamask-relay": Case(
+        "deltamask", oracles.beta, {"downlink": "relay", "reset": 2}, accuracy=0.7, flip_rate=0.0
+    ),
+    "deltamask-votes": Case(
+        "deltamask", oracles.beta, {"downlink": "votes", "reset": 2}, accuracy=0.7, flip_rate=0.0
+    ),
     "klms": Case("klms", oracles.beta, reply=oracles.klms_reply, flip_rate=0.0),
     "klms-relay": Case(
         "klms",

@@ -308,7 +308,7 @@ def test_clock(monkeypatch, tmp_path, ca):
     with servers.tls(ca.server(first=2)) as port:
         told(network.clock(at(port)), "fail", "before the server's certificate starts")
     with servers.tls(ca.server()) as port:
-        told(network.clock(at(port)), "warn", "without node keys a SuperLink does not tell its time")
+        told(network.clock(at(port)), "warn", "the SuperLink does not tell its time")
 
 
 # the machine

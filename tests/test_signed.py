@@ -17,7 +17,7 @@ from fedmask_flwr.checks.base import Asked
 
 
 class Superlink(grpc.GenericRpcHandler):
-    """Answers a heartbeat as one does whose clock is ``off`` seconds ahead; None: one that asks for no keys."""
+    """Answers a heartbeat as one whose clock is ``off`` seconds ahead; None: one that looks at no signatures."""
 
     def __init__(self, off):
         self.off = off
@@ -58,7 +58,7 @@ def test_it_is_told_to_the_second(superlink, off):
     assert found == pytest.approx(-off, abs=2)
 
 
-def test_without_node_keys_nobody_tells(superlink):
+def test_without_signatures_nobody_tells(superlink):
     assert signed.ahead(superlink(None), None, secure=False, wait=20) is None
 
 

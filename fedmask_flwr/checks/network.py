@@ -244,23 +244,26 @@ def clock(asked: Asked) -> Finding:
     latest, what = max([_installed(), *_written(asked), *_issued(asked)])
     remedy = (
         "set it (timedatectl set-ntp true; a Raspberry Pi has no clock of its own): TLS refuses certificates, and "
-        f"Flower a signing node whose clock is more than {AHEAD} s ahead of the SuperLink's or {BEHIND} s behind"
+        f"Flower, without a word, a node whose clock is more than {AHEAD} s ahead of the SuperLink's or {BEHIND} s "
+        "behind"
     )
-    if latest > now + _SLACK:
-        return fail(f"{here} is {latest - now:.0f} s before {what}", remedy)
     try:
         off = _off(asked, now)
     except OSError:
         off = None  # the channel's finding says why
+    known = ""
     if off is not None:
         far = f"{abs(off):.0f} s {'ahead of' if off > 0 else 'behind'}" if math.isfinite(off) else "hours from"
-        seen = f"{here}, {far} the SuperLink's"
-        return ok(seen) if -BEHIND < off < AHEAD else fail(seen, remedy)
+        known = f"{here}, {far} the SuperLink's"
+        if not -BEHIND < off < AHEAD:
+            return fail(known, remedy)
+    if latest > now + _SLACK:
+        return fail(f"{here} is {latest - now:.0f} s before {what}", remedy)
+    if known:
+        return ok(known)
     seen = f"{here}, after {what}"
     unknown = (
-        ""
-        if not asked.superlink
-        else "; without node keys a SuperLink does not tell its time: compare `date -u` on both machines"
+        "" if not asked.superlink else "; the SuperLink does not tell its time: compare `date -u` on both machines"
     )
     if _disciplined():
         return ok(f"{seen}; the kernel says that a time service keeps it{unknown}")

@@ -19,8 +19,8 @@ _REFUSED = "invalid timestamp"
 def ahead(address: str, roots: bytes | None, *, secure: bool, wait: float) -> float | None:
     """Seconds by which this clock is ahead of the SuperLink's; None where it does not say. ``wait``: s a call.
 
-    It says so where nodes must be registered: each call is signed with its time, and the time is checked before the
-    key. The key here is thrown away, and the heartbeat is nobody's.
+    Each call of a node is signed with its time (flwr 1.39 over gRPC), and the time is checked before the key. The
+    key here is thrown away, and the heartbeat is nobody's.
 
     Raises
     ------

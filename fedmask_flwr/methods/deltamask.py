@@ -33,11 +33,13 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.wire import Payload, SideInfo, pack_bits, unpack_bits
+from fedmask_flwr.wire import Bits, Payload, SideInfo, coded_bytes, expected_bytes, pack_bits, unpack_bits
 
 from .base import Memory, Turn
 from .beta import trained_theta
 from .following import FollowedConfig, FollowedMethod
+
+FRAME = 64  # bytes of a reply's frame around its body
 
 
 class DeltaMaskConfig(FollowedConfig):
@@ -45,6 +47,9 @@ class DeltaMaskConfig(FollowedConfig):
 
     kappa: float = Field(0.8, gt=0.0, le=1.0, description="share of the flips sent in round 1")
     kappa_min: float = Field(0.8, gt=0.0, le=1.0, description="share sent in the last round")
+    target_bpp: float = Field(
+        0.0, ge=0.0, description="uplink bits a parameter that no round exceeds (codec auto); 0: what kappa says"
+    )
 
 
 @final
@@ -62,9 +67,29 @@ class DeltaMask(FollowedMethod):
         """m_g with the kept flips applied."""
         theta_k, mask = trained_theta(optimizer), unpack_bits(self.guess(got, turn), self.numel)
         flips = np.flatnonzero(mask != self.draw(theta_k, turn))
-        flips = top_kl(flips, theta_k, self.theta(got), kappa_at(self.config, turn))
-        mask[flips] ^= True
+        flips = by_kl(flips, theta_k, self.theta(got))[: math.ceil(kappa_at(self.config, turn) * flips.size)]
+        keep = flips.size
+        if self.config.target_bpp > 0.0:
+            keep = self._affordable(mask, flips, self.known(got, turn, memory))
+        mask[flips[:keep]] ^= True
         return Payload(bits={"mask": pack_bits(mask)})
+
+    def _affordable(self, mask: npt.NDArray[np.bool_], flips: npt.NDArray[np.int64], known: SideInfo) -> int:
+        """How many of the flips, from the first on, ``target_bpp`` pays for."""
+        budget = self.config.target_bpp * self.numel / 8 - FRAME
+
+        def flipped(keep: int) -> Bits:
+            tried = mask.copy()
+            tried[flips[:keep]] ^= True
+            return pack_bits(tried)
+
+        low, high = 0, flips.size + 1
+        while high - low > max(1, low // 64):
+            middle = (low + high) // 2
+            low, high = (middle, high) if expected_bytes(flipped(middle), known) <= budget else (low, middle)
+        while low and (spent := coded_bytes(flipped(low), known)) > budget:  # expectation has its limits
+            low = min(low - 1, max(0, math.floor(low * budget / spent)))
+        return low
 
 
 def kappa_at(config: DeltaMaskConfig, turn: Turn) -> float:
@@ -75,17 +100,11 @@ def kappa_at(config: DeltaMaskConfig, turn: Turn) -> float:
     return config.kappa_min + (config.kappa - config.kappa_min) * (1.0 + math.cos(angle)) / 2.0
 
 
-def top_kl(
-    flips: npt.NDArray[np.int64],
-    theta_k: npt.NDArray[np.floating[Any]],
-    theta_g: npt.NDArray[np.float64],
-    kappa: float,
+def by_kl(
+    flips: npt.NDArray[np.int64], theta_k: npt.NDArray[np.floating[Any]], theta_g: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.int64]:
-    """The ceil(kappa * n) of n flip positions with the largest KL(Bern(theta_k) || Bern(theta_g)), sorted."""
-    keep = math.ceil(kappa * flips.size)
-    if keep >= flips.size:
-        return flips
+    """Flip positions, those with the largest KL(Bern(theta_k) || Bern(theta_g)) first."""
     k = np.clip(theta_k[flips].astype(np.float64), 1e-12, 1.0 - 1e-12)
     g = theta_g[flips]
     kl = k * np.log(k / g) + (1.0 - k) * np.log((1.0 - k) / (1.0 - g))
-    return np.sort(flips[np.argsort(-kl, kind="stable")[:keep]])
+    return flips[np.argsort(-kl, kind="stable")]

@@ -36,6 +36,7 @@ from .base import Fields, Memory, Turn
 from .beta import trained_theta
 from .following import FollowedConfig, FollowedMethod
 
+FRAME = 64  # bytes of a reply's frame around its body
 REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
 
 
@@ -74,7 +75,7 @@ class Klms(FollowedMethod):
         each, margin = int(self.config.index_bits), float(self.config.margin)
         most = self.numel / each
         if self.config.target_bpp > 0.0:
-            most *= min(float(self.config.target_bpp), 1.0)
+            most = min(most, (self.config.target_bpp * self.numel - 8 * FRAME) / each)
         return max(1, math.floor(min(math.ceil(bits / max(each - margin, 0.5)), most)))
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:

@@ -23,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmask_flwr.wire import Field, WireError, get_varint, put_varint
+from fedmask_flwr.wire.grouped import joined
 
-__all__ = ["Relayed", "Trail", "counts_bytes", "given_bytes", "read_rounds", "write_round"]
+__all__ = ["Relayed", "Trail", "counts_bytes", "given_bytes", "levels", "read_rounds", "shortened", "write_round"]
 
 _MOST = 1 << 40  # above any length or number that a relay may name
 _LEVELS = 64
@@ -46,7 +47,7 @@ class Trail:
         The first round whose replies are kept; all rounds from there on are.
     relay
         Those replies, uint8.
-    sizes
+    whole, votes
         Bytes that the whole state, and that the last round's votes, are expected to take.
     held
         (n, 2) uint64, ascending: a client, and the round that it trained in last.
@@ -173,9 +174,9 @@ def counts_bytes(ones: npt.NDArray[np.uint32]) -> float:
 
 
 def given_bytes(votes: npt.NDArray[np.uint32], before: npt.NDArray[np.uint8]) -> float:
-    """Bytes that votes are expected to take, given the class of each."""
-    top = int(votes.max(initial=0)) + 1
-    table = np.bincount(before.astype(np.int64) * top + votes, minlength=top * _LEVELS).reshape(-1, top)
+    """Bytes that votes are expected to take, given the class of each, as ``counts-by-class`` codes them."""
+    top, group = int(votes.max(initial=0)) + 1, joined(np.bincount(before, minlength=_LEVELS))
+    table = np.bincount(group[before] * top + votes, minlength=top).reshape(-1, top)
     return sum(_entropy(row) for row in table) / 8 + 1.5 * np.count_nonzero(table) + 64
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .auto import coded_bytes as coded_bytes
+from .auto import expected_bytes as expected_bytes
 from .base import BitCodec as BitCodec
 from .base import Codec as Codec
 from .base import CountCodec as CountCodec
@@ -52,6 +54,8 @@ __all__ = [
     "WireError",
     "codec",
     "codec_names",
+    "coded_bytes",
+    "expected_bytes",
     "from_positions",
     "get_varint",
     "ones_per_layer",

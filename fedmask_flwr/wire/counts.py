@@ -22,7 +22,7 @@ from .varint import get_varint, put_varint
 
 CONSTANT, UNIFORM, HISTOGRAM, LAYERS = range(4)
 _MAX_ALPHABET = 4096
-_LAYER_VALUES = 8192  # a table a layer only from this mean layer size on: bounds table memory by the values'
+LAYER_VALUES = 8192  # a table a layer only from this mean layer size on: bounds table memory by the values'
 
 
 def _uniform(alphabet: int) -> Tables:
@@ -96,7 +96,7 @@ def _fold(histogram: NDArray[np.int64], shift: int) -> NDArray[np.int64]:
 
 
 def _per_layer(sizes: tuple[int, ...], numel: int) -> bool:
-    return 1 < len(sizes) <= numel // _LAYER_VALUES
+    return 1 < len(sizes) <= numel // LAYER_VALUES
 
 
 def _plan(values: NDArray[np.uint32], top: int, sizes: tuple[int, ...]) -> tuple[int, int, Tables]:

@@ -1,6 +1,6 @@
 """Codec ``counts-by-class``: counts whose likely values both ends know, such as votes given the votes before.
 
-Body: as ``counts``, of the values sorted by ``SideInfo.classes`` (stably), each class that occurs a layer.
+Body: as ``counts``, of the values sorted by ``SideInfo.classes`` (stably); what `joined` puts together is a layer.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import Body, CountCodec
-from .counts import CountsCodec
+from .counts import LAYER_VALUES, CountsCodec
 from .payload import Counts
 from .sideinfo import SideInfo
 
@@ -20,7 +20,7 @@ _PLAIN = CountsCodec()
 
 @final
 class ClassCountsCodec(CountCodec):
-    """The sum over the classes of their entropies, tables apart; ``counts`` where both ends know no classes."""
+    """The sum over the groups of classes of their entropies, tables apart; ``counts`` where both ends know no classes."""
 
     id = 17
     name = "counts-by-class"
@@ -43,9 +43,22 @@ class ClassCountsCodec(CountCodec):
         return _PLAIN.max_body(numel, 256)
 
 
+def joined(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Group of each class, ascending, for classes of these sizes: as many as ``counts`` has tables for.
+
+    Neighbours go together where the middle of both lies in the same one of so many equal shares.
+    """
+    numel = int(sizes.sum())
+    most = max(1, numel // LAYER_VALUES)
+    middle = np.cumsum(sizes) - sizes + sizes // 2
+    found: NDArray[np.int64] = np.minimum(middle * most // max(numel, 1), most - 1)
+    return found
+
+
 def _order(known: SideInfo) -> tuple[NDArray[np.intp], SideInfo]:
     if known.classes is None:
         return np.arange(known.numel), known
     classes = known.checked_classes()
     sizes = np.bincount(classes)
-    return np.argsort(classes, kind="stable"), SideInfo(tuple(sizes[sizes > 0].tolist()))
+    layers = np.bincount(joined(sizes), sizes).astype(np.int64)
+    return np.argsort(classes, kind="stable"), SideInfo(tuple(layers[layers > 0].tolist()))

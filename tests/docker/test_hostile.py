@@ -17,7 +17,7 @@ from stack import Stack, docker
 pytestmark = [pytest.mark.slow, pytest.mark.docker]
 CLIENT = Path(__file__).parent / "hostile/client.py"
 PACKAGED = "/opt/fedmask/lib/python3.11/site-packages/fedmask_flwr/_app/client_app/main.py"
-SETTINGS = {"num_server_rounds": 11, "seed": 11, "local_epochs": 8}
+SETTINGS = {"num_server_rounds": 13, "seed": 11, "local_epochs": 8}
 POINT = 0.01
 # What the run's log must say of the device in that round, besides its name.
 SAID = {
@@ -113,6 +113,7 @@ def memory(stack, service):
 
 
 def test_learns_as_undisturbed(hostile, tmp_path):
-    """Two honest devices and one that comes back end where three honest ones do."""
+    """Once the device is back, the run is where it would have been; a mean of 3 rounds: one swings by a point."""
     whole, _ = reference(tmp_path, **SETTINGS)
-    assert hostile[0][-1]["accuracy_threshold"] >= whole[-1]["accuracy_threshold"] - POINT
+    ends = [sum(line["accuracy_threshold"] for line in lines[-3:]) / 3 for lines in (hostile[0], whole)]
+    assert ends[0] >= ends[1] - POINT

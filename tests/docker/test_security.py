@@ -122,6 +122,13 @@ def test_keys_are_private(secure):
     assert "PRIVATE KEY" not in secure.compose("logs").stdout
 
 
+def test_comes_up_again(secure):
+    """Nodes that are registered already are nothing to fail on: after an update, say."""
+    secure.up()
+    listed = secure.compose("run", "--rm", "-T", "register", "cat", "/keys/public/nodes.jsonl").stdout
+    assert len({json.loads(line)["fingerprint"] for line in listed.splitlines()}) == 3
+
+
 def intruder(stack, make, certificate, *options):
     """A device that was not invited: its exit status and all it says."""
     node = f"flower-supernode --superlink superlink:9092 --root-certificates {certificate} {' '.join(options)}"
