@@ -7,6 +7,7 @@ from federation import blobs, network, steps
 from torch import nn
 
 from fedmask_flwr.methods import Training, Turn, Update, resolve
+from fedmask_flwr.methods.beta import trained_theta
 from fedmask_flwr.methods.reading import read_fields, read_reply
 from fedmask_flwr.wire import BitCodec, Frame, Payload, pack
 
@@ -22,9 +23,9 @@ def wide(in_shape=(8,), num_classes=3):
 class Fleet:
     """A server and devices that share nothing but frames."""
 
-    def __init__(self, method, clients=5, make=wide, codec="auto", fraction=0.5, **settings):
+    def __init__(self, method, clients=5, make=wide, codec="auto", fraction=0.5, steps=2, **settings):
         kind = resolve(method)
-        self.make, self.codec = make, codec
+        self.make, self.codec, self.steps = make, codec, steps
         self.ends = []
         for share in (fraction, 1.0):  # devices do not know the share of clients that train
             model = network(make)
@@ -32,7 +33,7 @@ class Fleet:
         self.server, self.device = self.ends
         self.memory = {client: {} for client in range(clients)}
         self.state, self.round = self.server.init(), 0
-        self.said, self.failed, self.down, self.up = [], {}, 0, {}
+        self.said, self.down, self.up, self.trained = [], 0, {}, {}
 
     def frame(self, client):
         """What the server sends to a client."""
@@ -54,13 +55,14 @@ class Fleet:
             got = read_fields(parsed, device.down(memory), known, digest=DIGEST, round_=self.round).payload
         return device.complete(got, self.turn(client), memory)
 
-    def train(self, client, frame):
+    def train(self, client, got):
         """The device's reply, coded."""
         device, memory, turn = self.device, self.memory[client], self.turn(client)
-        got, model = self.hear(client, frame), network(self.make)
+        model = network(self.make)
         optimizer = device.begin(got, model, Training(), turn, memory)
         x, y = blobs()
-        steps(model, optimizer, 2, x[client::5], y[client::5])
+        steps(model, optimizer, self.steps, x[client::5], y[client::5])
+        self.trained[client] = got, trained_theta(optimizer)
         reply = device.finish(got, model, optimizer, turn, memory)
         codecs = {**device.codecs, "bits": self.codec}
         known = device.known(got, turn, memory)
@@ -71,14 +73,14 @@ class Fleet:
         self.round += 1
         self.state = self.server.advance(self.state, self.turn(0))
         whole, updates, failed = self.server.broadcast(self.state), [], {}
-        self.up = {}
         for client in present:
             frame = self.frame(client)
             self.down += len(frame)
             self.said.append(next(iter(kinds(frame)), ""))
             try:
-                same(self.hear(client, frame), whole)
-                reply = self.train(client, frame)
+                got = self.hear(client, frame)
+                same(got, whole)
+                reply = self.train(client, got)
             except ValueError as error:
                 failed[client] = error
                 continue

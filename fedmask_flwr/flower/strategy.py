@@ -36,6 +36,7 @@ from .ledger import (
     weighted_means,
 )
 from .patience import Patience
+from .prompt import prompt
 from .records import frame_array, frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
@@ -259,6 +260,7 @@ class MaskStrategy(Strategy):
             After ``max_silent_rounds`` rounds in a row without one usable reply. The checkpoint is of the last
             round that had one.
         """
+        grid = prompt(grid)
         self.plan = replace(self.plan, rounds=num_rounds)
         first = (kept := self._resume()) + 1
         patience = Patience(min(self.max_silent_rounds, num_rounds), kept=kept)

@@ -84,7 +84,7 @@ HEAD = b"\x03\x00\x01"  # round 3, which does not begin anew, of one reply
 def test_a_round_that_does_not_add_up_is_refused(body, message):
     with pytest.raises(WireError, match=message):
         list(read_rounds(bytes([len(body)]) + body, NAMES))
-    with pytest.raises(WireError, match="round is truncated|above its limit"):
+    with pytest.raises(WireError, match=r"round is truncated|above its limit"):
         list(read_rounds(bytes([len(body) + 1]) + body, NAMES))
 
 
@@ -127,7 +127,9 @@ def test_held_is_a_dict(first, second, client):
 
 
 def rounds_of(*numbers):
-    return b"".join(write_round(Relayed(n, False, ((1, (Field("mask", 0, n, bytes(10 * n)),)),)), NAMES) for n in numbers)
+    return b"".join(
+        write_round(Relayed(n, False, ((1, (Field("mask", 0, n, bytes(10 * n)),)),)), NAMES) for n in numbers
+    )
 
 
 def kept(*numbers, oldest=1):
