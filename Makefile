@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 # A test module stays in one process: its fixtures are whole runs.
 PARALLEL ?= -n 2 --dist loadscope
 
-.PHONY: help install demo test slow docker check flwr141 fab bench curves constraints clean
+.PHONY: help install demo test slow docker arm64 check flwr141 fab bench curves constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -40,7 +40,10 @@ slow: install ## the slow tests, without those on containers
 	$(BIN)/python -m pytest -m "slow and not docker"
 
 docker: install ## the tests on containers; they start an engine where there is none
-	$(BIN)/python -m pytest -m docker
+	$(BIN)/python -m pytest -m "docker and not arm64"
+
+arm64: install ## an emulated arm64 against this machine: root, and half an hour at first, too long for CI
+	$(BIN)/python -m pytest -m arm64 -s tests/docker/test_arm64.py
 
 check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/ruff check .

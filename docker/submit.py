@@ -24,7 +24,8 @@ from typing import Any
 from fedmask_flwr.disk import append
 from fedmask_flwr.simulation.stage import stage
 
-POLL = 5.0  # seconds; each look costs a second of CPU (a fresh `flwr`)
+POLL = 5.0  # seconds between tries
+LOOK = 30.0  # seconds between looks at a run whose log still comes; each costs a second of CPU (a fresh `flwr`)
 LAST_WORDS = 30.0  # seconds that the rest of a run's log may take
 ROOM = 30.0  # seconds for somebody to free a disk, before each further try
 LINK = "fedmask"
@@ -95,8 +96,8 @@ def status_of(run: str) -> tuple[str, str]:
     return ("unknown", reason) if "not found" in reason.lower() else ("", "")
 
 
-def follow(run: str, log: Path, ended: threading.Event) -> None:
-    """Pass a run's log on until it has ended."""
+def follow(run: str, log: Path, ended: threading.Event, silent: threading.Event) -> None:
+    """Pass a run's log on until it has ended; ``silent`` is set whenever the stream breaks off."""
     command = [str(Path(sys.executable).with_name("flwr")), "log", run, LINK, "--stream"]
     seen, pending, full = 0, b"", False
     while True:
@@ -120,13 +121,14 @@ def follow(run: str, log: Path, ended: threading.Event) -> None:
                     full = True
         if last:
             return
+        silent.set()
         ended.wait(POLL)
 
 
 def watch(run: str, log: Path) -> tuple[str, str]:
     """Wait until a run has ended; give its status and details."""
-    ended, shown = threading.Event(), ""
-    follower = threading.Thread(target=follow, args=(run, log, ended), daemon=True)
+    ended, silent, shown = threading.Event(), threading.Event(), ""
+    follower = threading.Thread(target=follow, args=(run, log, ended, silent), daemon=True)
     follower.start()
     try:
         while True:
@@ -136,7 +138,9 @@ def watch(run: str, log: Path) -> tuple[str, str]:
                 shown = status
             if status.startswith(("finished", "unknown")):
                 return status, details
-            time.sleep(POLL)
+            if silent.wait(LOOK):
+                silent.clear()
+                time.sleep(1.0)  # a run's log ends just before the run does
     finally:
         ended.set()
         follower.join(LAST_WORDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -27,28 +28,41 @@ spec = importlib.util.spec_from_file_location("golden_make", {str(TESTS / "golde
 make = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(make)
 """
-RUN = """
-import loopback
+RUNS = """
+import loopback, tiny
 from client_app.main import app
 from fedmask_flwr.flower.apps import serve
+from fedmask_flwr.flower.patience import SilenceError
 from flwr.app import Context, RecordDict
-import tiny
 
-def run(out, codec, app=app):
+def run(name, codec, app=app):
+    out = Path(sys.argv[1]) / name
     config = tiny.run_config(out=str(out), memory_dir=str(out) + "-memory", codec=codec, num_server_rounds=2)
-    serve(loopback.LoopbackGrid(app, 2, config), Context(1, 1, {}, RecordDict(), config))
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    try:
+        serve(loopback.LoopbackGrid(app, 2, config), Context(1, 1, {}, RecordDict(), config))
+    except SilenceError as error:
+        return str(error)
+    return [json.loads(line)["clients_ok"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+def able(message, context):
+    block(False)
+    try:
+        return app(message=message, context=context)
+    finally:
+        block(True)
+
+print(json.dumps({"auto": run("auto", "auto"), "fuse8": run("fuse8", "fuse8"), "able": run("able", "fuse8", able)}))
 """
 
 
 def without(code, *arguments):
-    """Run the code without pyfusefilter; what it prints."""
+    """Run the code without pyfusefilter; the lines that it prints."""
     done = subprocess.run(
         [sys.executable, "-c", PRELUDE + code, *map(str, arguments)], capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout.split("\n")
+    return done.stdout.splitlines()
 
 
 def test_every_codec_but_fuse_writes_and_every_codec_reads():
@@ -63,45 +77,36 @@ def test_every_codec_but_fuse_writes_and_every_codec_reads():
         "make.encode('bits', 'auto')\n"
     )
     each = [f"cannot write fuse{n}{e}" for n in (8, 16) for e in ("", "+png", "+zstd")]
-    assert sorted(filter(None, said)) == sorted(each)
+    assert sorted(said) == sorted(each)
 
 
-@pytest.mark.parametrize("codec", ["fuse8", "fuse16", "fuse8+png"])
-def test_asking_for_fuse_names_the_ways_out(codec):
-    said = "\n".join(without(f"try: make.encode('bits', {codec!r})\nexcept ImportError as error: print(error)\n"))
-    for remedy in ("pip install pyfusefilter", "BUILD_PYFUSEFILTER=1", "'auto'"):
-        assert remedy in said
-
-
-def test_a_run_of_such_devices(tmp_path):
-    said = without(f"{RUN}print(run(sys.argv[1], 'auto')[-1]['clients_ok'])", tmp_path / "run")
-    assert "2" in said
-    assert (tmp_path / "run/mask.fedmask").exists()
-
-
-def test_a_fuse_run_of_such_devices_fails_and_names_the_ways_out(tmp_path):
-    said = "\n".join(
-        without(
-            f"{RUN}from fedmask_flwr.flower.patience import SilenceError\n"
-            "try: run(sys.argv[1], 'fuse8')\n"
-            "except SilenceError as error: print('ended:', error)\n",
-            tmp_path / "run",
-        )
-    )
-    reason = said.partition("ended:")[2]
-    for remedy in ("pip install pyfusefilter", "BUILD_PYFUSEFILTER=1"):
-        assert remedy in reason
-
-
-def test_such_a_server_serves_devices_that_have_it(tmp_path):
-    """Reading needs numpy alone, so a server does not refuse the codec."""
+def test_asking_for_fuse_names_the_ways_out():
     said = without(
-        f"{RUN}"
-        "def able(message, context):\n"
-        "    block(False)\n"
-        "    try: return app(message=message, context=context)\n"
-        "    finally: block(True)\n"
-        "print(run(sys.argv[1], 'fuse8', able)[-1]['clients_ok'])",
-        tmp_path / "run",
+        "for codec in ('fuse8', 'fuse16', 'fuse8+png'):\n"
+        "    try: make.encode('bits', codec)\n"
+        "    except ImportError as error: print(error)\n"
     )
-    assert "2" in said
+    assert len(said) == 3
+    for line in said:
+        for remedy in ("pip install pyfusefilter", "BUILD_PYFUSEFILTER=1", "'auto'"):
+            assert remedy in line
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Replies a round, or why the run failed: with auto, with fuse8, and with fuse8 on devices that have it."""
+    return json.loads(without(RUNS, tmp_path_factory.mktemp("runs"))[-1])
+
+
+def test_a_run_of_such_devices(runs):
+    assert runs["auto"] == [2, 2]
+
+
+def test_a_fuse_run_of_such_devices_fails_and_names_the_ways_out(runs):
+    for remedy in ("2 rounds in a row", "pip install pyfusefilter", "BUILD_PYFUSEFILTER=1"):
+        assert remedy in runs["fuse8"]
+
+
+def test_such_a_server_serves_devices_that_have_it(runs):
+    """Reading needs numpy alone, so a server does not refuse the codec."""
+    assert runs["able"] == [2, 2]

@@ -31,7 +31,7 @@ from client_app.main import app  # noqa: E402
 from fedmask_flwr.flower.apps import serve  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-EXACT = {"kappa": 1.0, "kappa-min": 1.0}
+EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
 ROWS = {
     "klms": {"method": "klms", "downlink": "relay"},
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},

@@ -238,7 +238,7 @@ class FollowedMethod(BetaMethod, ABC):
         """
         if turn.private and self.config.downlink == "relay":
             raise ValueError(
-                'this device is private, and downlink = "relay" hands its replies on to all other devices: use "votes"'
+                'this device is private, and downlink = "relay" hands its replies on to all devices: use "votes"'
             )
         if self.personal:
             counts = got.counts.get("ones", Counts(np.zeros(self.numel, np.uint32), 0))

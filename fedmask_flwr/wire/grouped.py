@@ -20,7 +20,7 @@ _PLAIN = CountsCodec()
 
 @final
 class ClassCountsCodec(CountCodec):
-    """The sum over the groups of classes of their entropies, tables apart; ``counts`` where both ends know no classes."""
+    """The sum over groups of classes of their entropies, tables apart; ``counts`` where there are no classes."""
 
     id = 17
     name = "counts-by-class"

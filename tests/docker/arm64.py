@@ -41,9 +41,7 @@ def sha(*values):
     """SHA-256 of arrays and bytes, values little-endian."""
     state = hashlib.sha256()
     for value in values:
-        if isinstance(value, np.ndarray):
-            value = np.ascontiguousarray(value, value.dtype.newbyteorder("<")).tobytes()
-        state.update(value)
+        state.update(value if isinstance(value, bytes) else value.astype(value.dtype.newbyteorder("<")).tobytes())
     return state.hexdigest()
 
 
@@ -125,8 +123,8 @@ def federation(codec):
             updates.append(Update(client, reply, 1.0, 0.0))
         state = method.aggregate(state, iter(updates))
         out.append({"down": down.hex(), "up": [up.hex() for up in ups], "masks": masks})
-    return {"rounds": out, "end": sha(pack(method.broadcast(state), digest=DIGEST, round_=0, known=method.heard({}))),
-            "accuracy": accuracy(method, state)}  # fmt: skip
+    end = pack(method.broadcast(state), digest=DIGEST, round_=0, known=method.heard({}))
+    return {"rounds": out, "end": sha(end), "accuracy": accuracy(method, state)}
 
 
 def accuracy(method, state):
@@ -157,8 +155,8 @@ def follow(theirs):
             updates.append(Update(client, reply, 1.0, 0.0))
         state = method.aggregate(state, iter(updates))
         out.append({"down": down.hex(), "masks": masks})
-    return {"rounds": out,
-            "end": sha(pack(method.broadcast(state), digest=DIGEST, round_=0, known=method.heard({})))}  # fmt: skip
+    end = pack(method.broadcast(state), digest=DIGEST, round_=0, known=method.heard({}))
+    return {"rounds": out, "end": sha(end)}
 
 
 def apps(codec, folder):

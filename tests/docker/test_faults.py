@@ -7,6 +7,7 @@ import time
 from functools import cache
 
 import pytest
+from reference import reference
 from stack import docker, sh, until
 
 from fedmask_flwr.simulation.sandbox import scripts
@@ -83,16 +84,23 @@ def memory(stack, node):
     return [(run, *map(int, name.split(".")[:2])) for run, name in found if run == newest]
 
 
-def test_link_cut_and_healed(stack, simulated):
-    """A cut of 20 s in mid-round costs nothing but time."""
-    runner = stack.start("cut", **SETTINGS)
+def test_link_cut_and_healed(stack, tmp_path):
+    """A cut of 20 s while a device trains costs nothing but time.
+
+    Its training is long, as a cut within the upload is another thing: flwr 1.39 then loses the reply, says so after
+    three minutes ("Reply message objects are unavailable"), and the round goes on without it.
+    """
+    told = {**SETTINGS, "num_server_rounds": 2, "local_epochs": 150}
+    runner = stack.start("cut", **told)
     stack.await_round("cut", 1)
     until(lambda: stack.training("node2"), "node2 trains")
     network, node = f"{stack.name}_fleet", stack.container("node2")
     docker("network", "disconnect", network, node)
     time.sleep(20)
     docker("network", "connect", "--alias", "node2", network, node)
-    unharmed(stack, "cut", stack.finished(runner), simulated)
+    lines = stack.finished(runner)
+    assert [(line["round"], line["clients_ok"], line["clients_failed"]) for line in lines] == [(1, 3, 0), (2, 3, 0)]
+    assert (stack.folder / "cut/mask.fedmask").read_bytes() == reference(tmp_path, **told)[1]
 
 
 def test_superlink_killed(stack, simulated):

@@ -82,15 +82,18 @@ def test_a_lost_memory_costs_one_round_of_its_device(way, tmp_path, caplog):
     """The same as a run in which that reply of that device did not arrive."""
     out = tmp_path / "less"
 
+    def mine(message, context, number):
+        trained = message.metadata.message_type == "train" and context.node_config["partition-id"] == 1
+        return trained and message.content["config"]["server-round"] == number
+
     def forget(reply, message, context):
-        if message.metadata.message_type == "train" and message.content["config"]["server-round"] == 3:
+        if mine(message, context, 3):
             for path in (out / "memory").rglob("1.*"):
                 path.unlink()
         return reply
 
     def drop(reply, message, context):
-        lost = message.metadata.message_type == "train" and context.node_config["partition-id"] == 1
-        return None if lost and message.content["config"]["server-round"] == 4 else reply
+        return None if mine(message, context, 4) else reply
 
     lines, grid = run(out, tamper=forget, **TASK, **way)
     run(tmp_path / "whole", tamper=drop, **whole(way))

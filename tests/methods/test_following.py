@@ -72,7 +72,7 @@ def test_relays_of_several_rounds_and_votes_are_both_told():
     votes = Fleet("deltamask", downlink="votes", reset=4)
     for present in ([0, 1, 2], [0, 1], [0, 1, 2]):
         assert votes.play(present) == {}
-    assert votes.said == ["", "", "", *["votes"] * 4, "ones"]
+    assert votes.said == ["", "", "", "ones", "ones", "votes", "votes", "ones"], "the first votes are the counts"
 
 
 def test_everyone_is_told_by_what_it_holds():
@@ -198,8 +198,8 @@ def server_state(fleet):
 @pytest.mark.parametrize("way", ["votes", "relay"])
 def test_lossy_codecs_are_told_whole(way):
     """Their flips come off theta, which whoever follows could not repeat; nothing is relayed later either."""
-    fleet = Fleet("deltamask", downlink=way, codec="fuse8", kappa=1.0, kappa_min=1.0, reset=1)
-    whole = Fleet("deltamask", codec="fuse8", kappa=1.0, kappa_min=1.0, reset=1)
+    fleet = Fleet("deltamask", downlink=way, codec="fuse8", kappa=1.0, kappa_min=1.0, reset=2)
+    whole = Fleet("deltamask", codec="fuse8", kappa=1.0, kappa_min=1.0, reset=2)
     for number in range(1, 5):
         assert fleet.play(some(number)) == whole.play(some(number)) == {}
         assert equal(fleet, whole)
