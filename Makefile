@@ -42,7 +42,7 @@ slow: install ## the slow tests, without those on containers
 docker: install ## the tests on containers; they start an engine where there is none
 	$(BIN)/python -m pytest -m "docker and not arm64"
 
-arm64: install ## an emulated arm64 against this machine: root, and half an hour at first, too long for CI
+arm64: install ## an emulated arm64 against this machine: needs root and a quarter of an hour, too long for CI
 	$(BIN)/python -m pytest -m arm64 -s tests/docker/test_arm64.py
 
 check: install ## ruff, mypy --strict, import-linter

@@ -43,9 +43,6 @@ REST = 1e-3  # share of the divergence that is left to chance: half the work, no
 class KlmsConfig(FollowedConfig):
     """FedPM's settings and the size of the code."""
 
-    adam_eps: float = Field(
-        1e-4, gt=0.0, description="Adam's epsilon; above FedPM's: moves without a reason cost most bits"
-    )
     index_bits: int = Field(8, ge=1, le=16, description="b, log2 of the number of candidates of a block")
     margin: float = Field(2.0, ge=0.0, description="bits of an index above its block's divergence")
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter; 0: as many as needed")
@@ -57,6 +54,7 @@ class Klms(FollowedMethod):
 
     name: ClassVar[str] = "klms"
     Config: ClassVar[type[FollowedConfig]] = KlmsConfig
+    adam_epsilon: ClassVar[float] = 1e-4  # moves without a reason cost most of the bits
 
     def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
         """A number a block."""
