@@ -50,8 +50,8 @@ class BetaConfig(MethodConfig):
     adam_eps: float = Field(
         0.0,
         ge=0.0,
-        description="Adam's epsilon, 0: the method's own; at 1e-8 a weight with hardly any gradient moves as far as "
-        "the others, and its flips cost bits for nothing",
+        description="Adam's epsilon, 0: the method's own; at 1e-8 a weight with hardly any gradient moves as far "
+        "as the others, and its flips cost bits for nothing",
     )
     sparsity: float = Field(0.0, ge=0.0, description="lambda of the penalty lambda * mean(theta)")
     seed_scope: Literal["client", "global"] = Field(

@@ -106,8 +106,8 @@ def _core() -> tuple[Any, Any]:
     except ImportError as e:  # pragma: no cover
         raise ImportError(
             "encoding 'fuse8'/'fuse16' needs pyfusefilter: pip install pyfusefilter 'xxhash<4'; "
-            "where it has no wheel that needs a C compiler (the image: --build-arg BUILD_PYFUSEFILTER=1), or use the "
-            "codec 'rice' or 'auto'"
+            "where it has no wheel that needs a C compiler (the image: --build-arg BUILD_PYFUSEFILTER=1), or use "
+            "the codec 'rice' or 'auto'"
         ) from e
     return ffi, lib
 

@@ -68,20 +68,23 @@ def test_a_server_of_one_understands_devices_of_the_other(machines, server, code
     """The same broadcasts, the masks that were meant, and the same end."""
     here, there, again = machines
     devices, follower = (there, again) if server == "here" else (here, there)
-    told, found = devices["federations"][codec], follower["follows"][codec]
+    told, found = devices["federation"], follower["follows"][codec]
     assert [line["down"] for line in found["rounds"]] == [line["down"] for line in told["rounds"]]
     assert [line["masks"] for line in found["rounds"]] == [line["masks"] for line in told["rounds"]]
     assert found["end"] == told["end"]
 
 
-@pytest.mark.parametrize("codec", CODECS)
-def test_it_learns_as_well_in_as_many_bytes(machines, codec):
+def test_it_learns_as_well(machines):
     """Trained floats may differ in their last bits, so bits of the learned masks may: not their worth."""
+    ours, theirs = (machine["federation"]["accuracy"] for machine in machines[:2])
+    assert ours > 0.8
+    assert theirs == pytest.approx(ours, abs=0.06)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_the_bundled_apps_take_as_many_bytes(machines, codec):
     here, there, _ = machines
-    assert there["federations"][codec]["accuracy"] == pytest.approx(
-        here["federations"][codec]["accuracy"], abs=0.06
-    )
     for ours, theirs in zip(here["apps"][codec], there["apps"][codec], strict=True):
         assert (theirs["clients_ok"], theirs["clients_failed"]) == (2, 0)
         assert theirs["uplink_bytes"] == pytest.approx(ours["uplink_bytes"], rel=0.1, abs=8)
-    assert there["apps"][codec][-1]["accuracy_expected"] > 0.8
+        assert theirs["accuracy_expected"] == pytest.approx(ours["accuracy_expected"], abs=0.15)
