@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedmask_flwr import __version__, show
+from fedmask_flwr.checkpoint import save_state
 from fedmask_flwr.cli import app
 from fedmask_flwr.config import scalar
 from fedmask_flwr.simulation import SimulationError, launch, reaper, sandbox, stage
@@ -144,12 +146,17 @@ def test_wrong_options(tmp_path, calls, words, message):
 # run: the folder
 
 
+@dataclass(frozen=True)
+class Votes:
+    ones: np.ndarray
+
+
 def unfinished(out, rounds=20):
     out.mkdir()
     (out / "config.json").write_text(
         json.dumps({**stage.defaults(), "num-server-rounds": rounds, "clients": 10, "out": "elsewhere"})
     )
-    (out / "checkpoint.safetensors").write_bytes(b"x")
+    save_state(out / "checkpoint.safetensors", Votes(np.zeros(3)), {"round": 1})
     (out / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
 
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -188,8 +189,16 @@ def test_garbage_is_survived(warm, tmp_path):
     assert told(folder, tmp_path / "after.json")["warm"]
 
 
-def test_folders_that_nobody_listens_in_are_removed(tmp_path):
+@pytest.fixture
+def short():
+    """A folder of few letters: a socket's path has 107 at most."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
+def test_folders_that_nobody_listens_in_are_removed(short):
     """A SuperNode and its keeper that are killed at once leave theirs."""
+    tmp_path = short
     with socket.socket(socket.AF_UNIX) as listening:
         for name in ("dead", "young", "empty", "used"):
             (tmp_path / f"{PREFIX}{name}").mkdir()

@@ -16,6 +16,7 @@ WAYS = {
     "klms-relay": {"method": "klms", "target_bpp": 0.1, "downlink": "relay"},
 }
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+both_ways = pytest.mark.parametrize("way", [WAYS["fedpm-votes"], WAYS["klms-relay"]], ids=["votes", "relay"])
 RELAY = WAYS["deltamask-relay"]
 FILES = ("mask.fedmask", "checkpoint.safetensors")
 
@@ -61,7 +62,7 @@ def test_following_changes_the_bytes_and_nothing_else(way, share, tmp_path):
         assert all(told(grid, client) == wanted(way) for client in range(4))
 
 
-@every_way
+@both_ways
 def test_a_failed_node_is_told_everything_next(way, tmp_path):
     """Its reply of round 3 does not arrive, in both runs."""
 
@@ -77,7 +78,7 @@ def test_a_failed_node_is_told_everything_next(way, tmp_path):
     assert told(grid, 0)[4] == told(grid, 1)[4] != "ones"
 
 
-@every_way
+@both_ways
 def test_a_lost_memory_costs_one_round_of_its_device(way, tmp_path, caplog):
     """The same as a run in which that reply of that device did not arrive."""
     out = tmp_path / "less"
@@ -103,7 +104,7 @@ def test_a_lost_memory_costs_one_round_of_its_device(way, tmp_path, caplog):
     assert told(grid, 1)[3:] == [way["downlink"], "ones", told(grid, 0)[5]]
 
 
-@every_way
+@both_ways
 @pytest.mark.parametrize("deaf", [False, True], ids=["before", "after"])
 def test_a_killed_server_goes_on_being_followed(way, deaf, tmp_path):
     """Also when the devices had trained the next round, and remember it."""

@@ -77,6 +77,12 @@ def test_stage_declares_keys_of_a_method_from_outside(tmp_path):
     assert config == {**stage.defaults(), "my-own-key": "x"}
 
 
+EXCLUDED = tuple(
+    f"fedmask_flwr/{name}"
+    for name in ("cli.py", "keys_cli.py", "doctor.py", "keys/", "checks/", "warm/", "simulation/")
+)
+
+
 @pytest.mark.flower
 def test_the_bundle_is_small_and_holds_the_app_only(tmp_path):
     stage.stage(tmp_path / "app")
@@ -89,7 +95,21 @@ def test_the_bundle_is_small_and_holds_the_app_only(tmp_path):
     assert fab.stat().st_size < 1_000_000
     with zipfile.ZipFile(fab) as z:
         held = [name for name in z.namelist() if not name.startswith(".info/")]
-    assert sorted(held) == sorted([*package_files(), "LICENSE", "pyproject.toml"])
+        z.extractall(tmp_path / "device")
+    kept = [name for name in package_files() if not name.startswith(EXCLUDED)]
+    assert sorted(held) == sorted([*kept, "LICENSE", "pyproject.toml"])
+    # Both apps, with every method, need nothing that was left out.
+    code = (
+        "import server_app.main, client_app.main, fedmask_flwr.flower.apps, fedmask_flwr.flower.compare as c\n"
+        "from fedmask_flwr.methods import BUILTIN, resolve\n"
+        "[resolve(name) for name in BUILTIN]; print(c.__file__)"
+    )
+    there = {**env, "PYTHONPATH": str(tmp_path / "device")}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], cwd=tmp_path, env=there, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "device"))
 
 
 scalars = st.one_of(st.text(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False), st.booleans())
