@@ -1,4 +1,4 @@
-"""A SuperNode that shares what its processes import; run as ``python -m fedmask_flwr.warm.node FOLDER OPTIONS``.
+"""A SuperNode that shares what its processes import; ``main`` with FOLDER OPTIONS as arguments.
 
 Flower's SuperNode, its SuperExec and every client process import much the same 90 MB. This process imports them,
 forks the keeper, and is the SuperNode from then on.
@@ -38,8 +38,9 @@ def main() -> None:
     for listener, _ in places.values():
         listener.close()
     sys.argv = [SUPERNODE, *argv]
-    sys.exit(run())
-
-
-if __name__ == "__main__":
-    main()
+    run()
+    # A signal ends the process before this; Flower itself says no more than "terminated gracefully".
+    sys.exit(
+        "fedmask: Flower ended this SuperNode. If nobody stopped it, the SuperLink refused it, for its key or its "
+        "clock: fedmask doctor --superlink HOST:PORT says which"
+    )

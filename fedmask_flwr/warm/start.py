@@ -41,7 +41,7 @@ def supernode(arguments: Sequence[str]) -> NoReturn:
         print(f"fedmask: client processes start cold, {error}", file=sys.stderr)
         os.execve(program, [program, *arguments], environment)  # noqa: S606
     environment |= {"PATH": f"{folder / shim.BIN}{os.pathsep}{path}", shim.FOLDER: str(folder)}
-    command = [sys.executable, "-P", "-m", node.__name__, str(folder), *arguments]
+    command = [sys.executable, "-P", "-c", f"from {node.__name__} import main; main()", str(folder), *arguments]
     os.execve(sys.executable, command, environment)  # noqa: S606
 
 
