@@ -36,8 +36,8 @@ demo: install ## ten simulated devices learn a mask of a random network on digit
 test: install ## the default tests, under ten minutes
 	$(BIN)/python -m pytest $(PARALLEL)
 
-slow: install ## the slow tests, without those on containers
-	$(BIN)/python -m pytest -m "slow and not docker"
+slow: install ## the slow tests, without those on containers; two simulations at a time
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not docker"
 
 docker: install ## the tests on containers; they start an engine where there is none
 	$(BIN)/python -m pytest -m "docker and not arm64"

@@ -16,6 +16,7 @@ WAYS = {
     "klms-relay": {"method": "klms", "target_bpp": 0.1, "downlink": "relay"},
 }
 every_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+once = pytest.mark.each_method  # on the other flwr releases one of these tests stands for all
 both_ways = pytest.mark.parametrize("way", [WAYS["fedpm-votes"], WAYS["klms-relay"]], ids=["votes", "relay"])
 RELAY = WAYS["deltamask-relay"]
 FILES = ("mask.fedmask", "checkpoint.safetensors")
@@ -44,6 +45,7 @@ def wanted(way, rounds=6):
     return ["", *[way["downlink"]] * (rounds - 1)]
 
 
+@once
 @every_way
 @pytest.mark.parametrize("share", [1.0, 0.5])
 def test_following_changes_the_bytes_and_nothing_else(way, share, tmp_path):
@@ -78,6 +80,7 @@ def test_a_failed_node_is_told_everything_next(way, tmp_path):
     assert told(grid, 0)[4] == told(grid, 1)[4] != "ones"
 
 
+@once
 @both_ways
 def test_a_lost_memory_costs_one_round_of_its_device(way, tmp_path, caplog):
     """The same as a run in which that reply of that device did not arrive."""
@@ -104,6 +107,7 @@ def test_a_lost_memory_costs_one_round_of_its_device(way, tmp_path, caplog):
     assert told(grid, 1)[3:] == [way["downlink"], "ones", told(grid, 0)[5]]
 
 
+@once
 @both_ways
 @pytest.mark.parametrize("deaf", [False, True], ids=["before", "after"])
 def test_a_killed_server_goes_on_being_followed(way, deaf, tmp_path):
@@ -120,6 +124,7 @@ def test_a_killed_server_goes_on_being_followed(way, deaf, tmp_path):
     assert any(way["downlink"] in told(after, client) for client in range(4))
 
 
+@once
 @pytest.mark.parametrize("way", [RELAY, WAYS["fedpm-votes"]], ids=["relay", "votes"])
 def test_devices_evaluate_what_they_followed(way, tmp_path):
     """The same accuracies as where everything is told, for fewer bytes."""
@@ -134,6 +139,7 @@ def test_devices_evaluate_what_they_followed(way, tmp_path):
     assert any(way["downlink"] in told(grid, client, "evaluate") for client in range(4))
 
 
+@once
 def test_a_private_device_takes_no_part_in_a_relay(tmp_path, caplog, monkeypatch):
     """Its run goes on without it, and says why."""
     from loopback import LoopbackGrid
