@@ -12,8 +12,8 @@ Travels: up, b bits a block, about KL * b / (b - margin) bits in all and at most
 ``target-bpp``, where that is set. Down, as FedPM; with ``downlink = "relay"`` the replies of the others, which are
 so short that K of them are less than the counts.
 
-Settings: as FedPM; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the divergence asks for
-(``target-bpp``) shrink the step instead of failing.
+Settings: as FedPM, but Adam's epsilon 1e-4; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the
+divergence asks for (``target-bpp``) shrink the step instead of failing.
 
 Limits: the client hashes N numbers for each weight that changed: seconds a million weights. Blocks are drawn by lot
 and equally large, which wastes a little where KL differs between them.
