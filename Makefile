@@ -22,12 +22,12 @@ install: $(VENV)/.done ## make .venv with every pinned package
 
 $(VENV)/.done: pyproject.toml constraints.txt | $(UV)
 	$(UV) venv -q --clear --python 3.11 $(VENV)
-	$(UV) pip install -q -p $(VENV) -c constraints.txt -e '.[sim,export,metrics]' --group dev
+	$(UV) pip install -q -p $(VENV) -c constraints.txt -e '.[sim,export,metrics,fast]' --group dev
 	@touch $@
 
 $(VENV141)/.done: pyproject.toml constraints-flwr141.txt | $(UV)
 	$(UV) venv -q --clear --python 3.11 $(VENV141)
-	$(UV) pip install -q -p $(VENV141) -c constraints-flwr141.txt -e '.[sim,export,metrics]' --group dev
+	$(UV) pip install -q -p $(VENV141) -c constraints-flwr141.txt -e '.[sim,export,metrics,fast]' --group dev
 	@touch $@
 
 demo: install ## ten simulated devices learn a mask of a random network on digits
@@ -69,8 +69,8 @@ curves: install ## longer runs of single methods; MNIST=folder of its idx files
 	$(BIN)/python benchmarks/curves.py mnist --data-dir $(MNIST) --methods deltamask
 
 constraints: | $(UV) ## pin every version again
-	echo 'flwr==1.39.*' | $(UV) pip compile -q pyproject.toml --extra sim --extra export --extra metrics --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
-	echo 'flwr==1.41.*' | $(UV) pip compile -q pyproject.toml --extra sim --extra export --extra metrics --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints-flwr141.txt
+	echo 'flwr==1.39.*' | $(UV) pip compile -q pyproject.toml --extra sim --extra export --extra metrics --extra fast --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints.txt
+	echo 'flwr==1.41.*' | $(UV) pip compile -q pyproject.toml --extra sim --extra export --extra metrics --extra fast --group dev -c - --python-version 3.11 --no-header --no-annotate --upgrade -o constraints-flwr141.txt
 
 clean: ## remove what the targets made
 	rm -rf $(VENV) $(VENV141) .uv dist runs/demo
