@@ -26,7 +26,7 @@ def test_flat_config_is_split():
 
 def test_settings_of_other_methods_are_ignored():
     _, settings = load_config(tiny.declared_config() | {"method": "fedavg"})
-    assert settings == {}
+    assert settings == {"weights-codec": "float32"}
     _, settings = load_config(tiny.declared_config() | {"method": "fedpm"})
     assert "kappa" not in settings
 

@@ -40,6 +40,8 @@ ROWS = {
     "deltamask faithful": {"method": "deltamask", "codec": "fuse8+png"},
     "fedpm": {"method": "fedpm"},
     "fedavg": {"method": "fedavg"},
+    "fedavg zstd": {"method": "fedavg", "weights-codec": "float32+zstd"},
+    "fedavg float16": {"method": "fedavg", "weights-codec": "float16"},
     "signsgd": {"method": "signsgd"},
     "qsgd": {"method": "qsgd"},
     "eden": {"method": "eden"},

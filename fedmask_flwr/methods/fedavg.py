@@ -3,7 +3,8 @@
 Paper: McMahan, Moore, Ramage, Hampson, Aguera y Arcas, "Communication-Efficient Learning of Deep Networks
 from Decentralized Data", AISTATS 2017, arXiv 1602.05629.
 
-Travels: 32 bits a parameter each way (nothing down before round 1: the initial weights are named by a seed).
+Travels: 32 bits a parameter each way, 16 with ``weights-codec = "float16"`` (nothing down before round 1: the
+initial weights are named by a seed).
 
 Settings: Adam 1e-3 or SGD, learning rate by ``learning-rate``; the mean is weighted by examples.
 
@@ -14,20 +15,36 @@ a run repeats exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
+from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
+from fedmask_flwr.masks import MaskSpec
 from fedmask_flwr.wire import Payload
 
-from .base import Memory, Turn, Update
+from .base import Memory, MethodConfig, Turn, Update
 from .dense import DenseMethod, DenseState, Vector
+
+
+class AveragingConfig(MethodConfig):
+    """How weights travel."""
+
+    weights_codec: Literal["float32", "float32+zstd", "float16", "float16+zstd"] = Field(
+        "float32", description="both ways; float16 rounds to 11 bits of mantissa and refuses beyond 65504"
+    )
 
 
 class Averaging(DenseMethod):
     """Clients send weights, the server takes their mean: what FedAvg's relatives share."""
+
+    Config: ClassVar[type[MethodConfig]] = AveragingConfig
+
+    def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
+        super().__init__(spec, model, config, fraction=fraction)
+        self.codecs = {**self.codecs, "dense": self.config.weights_codec}
 
     def aggregate(self, state: DenseState, updates: Iterable[Update]) -> DenseState:
         """sum_k n_k w_k / sum_k n_k in float64."""

@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 from fedmask_flwr.wire import Payload
 
 from .base import Memory, MethodConfig, Training, Turn
-from .fedavg import Averaging
+from .fedavg import Averaging, AveragingConfig
 
 
-class FedProxConfig(MethodConfig):
+class FedProxConfig(AveragingConfig):
     """How firmly clients are held."""
 
     mu: float = Field(0.01, ge=0.0, allow_inf_nan=False, description="weight of the proximal term; 0: FedAvg")

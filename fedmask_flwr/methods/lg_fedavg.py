@@ -28,11 +28,11 @@ from fedmask_flwr.wire import Payload
 
 from .base import Memory, MethodConfig, Training, Turn, View
 from .dense import float_entries, read_tensors, write_tensors
-from .fedavg import Averaging
+from .fedavg import Averaging, AveragingConfig
 from .layers import last_layers, plain
 
 
-class LgFedAvgConfig(MethodConfig):
+class LgFedAvgConfig(AveragingConfig):
     """How much of the network is everybody's."""
 
     shared_layers: int = Field(2, ge=1, description="how many of the last layers are averaged")

@@ -27,10 +27,10 @@ from torch.optim import Optimizer
 from fedmask_flwr.wire import Payload
 
 from .base import Memory, MethodConfig, Training, Turn
-from .fedavg import Averaging
+from .fedavg import Averaging, AveragingConfig
 
 
-class PerFedAvgConfig(MethodConfig):
+class PerFedAvgConfig(AveragingConfig):
     """The step of adaptation."""
 
     inner_lr: float = Field(0.003, gt=0.0, description="alpha, the step size of the adaptation, by plain SGD")

@@ -8,7 +8,7 @@ from types import MappingProxyType
 from .base import Codec
 from .context import ContextCodec
 from .counts import CountsCodec
-from .dense import Float32Codec
+from .dense import Float16Codec, Float32Codec
 from .entropy import EntropyCodec
 from .envelope import ENVELOPES, NONE
 from .errors import WireError
@@ -30,6 +30,7 @@ _ALL: tuple[Codec, ...] = (
     CountsCodec(),
     ClassCountsCodec(),
     Float32Codec(),
+    Float16Codec(),
 )
 CODECS: Mapping[str, Codec] = MappingProxyType({c.name: c for c in _ALL})
 """The codecs by plain name, without envelopes."""

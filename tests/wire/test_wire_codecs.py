@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import struct
 import sys
 from pathlib import Path
 
@@ -72,9 +73,11 @@ def test_counts_round_trip_and_bound(name, case):
 
 
 @pytest.mark.parametrize("name", codec_names("dense"))
-@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=200))
-def test_dense_round_trip(name, values):
-    values = np.array(values, np.float32)
+@given(st.data())
+def test_dense_round_trip(name, data):
+    width = int(name.partition("+")[0].removeprefix("float"))
+    floats = st.floats(width=width, allow_nan=False, allow_infinity=False)
+    values = np.array(data.draw(st.lists(floats, max_size=200)), np.float32)
     data = pack(Payload(dense={"w": values}), digest=DIGEST, round_=0, known=None, codecs={"dense": name})
     got = unpack(data, digest=DIGEST, round_=0, known=None, expect={"w": values.size}).payload.dense["w"]
     assert got.tobytes() == values.tobytes()
@@ -254,6 +257,21 @@ def test_dense_refuses_what_is_not_finite():
             coder.encode(values)
         with pytest.raises(WireError, match="NaN"):
             coder.decode(values.tobytes(), 2)
+
+
+@given(st.lists(st.floats(-65000, 65000, width=32), max_size=50))
+def test_float16_is_the_nearest_half(values):
+    values = np.array(values, np.float32)
+    coder = CODECS["float16"]
+    got = coder.decode(coder.encode(values), values.size)
+    assert [struct.unpack("<e", struct.pack("<e", float(v)))[0] for v in values] == got.tolist()
+
+
+def test_float16_says_when_a_weight_has_none():
+    with pytest.raises(ValueError, match=r"beyond the range of float16; use float32"):
+        CODECS["float16"].encode(np.array([1, 65520], np.float32))
+    with pytest.raises(WireError, match="2 float16 values take 4 bytes, the body has 8"):
+        CODECS["float16"].decode(bytes(8), 2)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ def test_golden_frame(kind, name):
     payload, known, _ = make.case(kind)
     if all(c.lossless for c in got.codecs.values()):
         assert make.fingerprint(payload) == DECODED[name]
-    else:
+    elif kind == "bits":
         delta, found = known.delta(payload.bits["mask"]), known.delta(got.payload.bits["mask"])
         assert not np.any(delta & ~found)
     if name in (
@@ -35,6 +35,7 @@ def test_golden_frame(kind, name):
         "context",
         "counts",
         "float32",
+        "float16",
     ):  # the others' bytes are other libraries'
         assert make.encode(kind, name) == data
 
