@@ -12,10 +12,14 @@ where flips cost the change itself.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedmask_flwr.jit import available
 
 from .keyed import CHUNK, Key, Scratch, check_range, derive, hash_, mix_, thresholds, words
 
@@ -104,25 +108,51 @@ def _scores(
     moved = moved[np.argsort(block[moved], kind="stable")]
     present, starts = np.unique(block[moved], return_index=True)
     scores = np.zeros((draws.size, draws.blocks), np.float32)
-    k0, keys = draws.candidates()
-    stride = max(1, _CACHED * present.size // max(moved.size, 1))
-    for first in range(0, present.size, stride):
-        blocks = present[first : first + stride]
-        edge = starts[first + stride] if first + stride < starts.size else moved.size
-        here = moved[starts[first] : edge]
-        at = starts[first : first + stride] - starts[first]
-        place, cuts = here.astype(np.uint32).view(np.int32), thresholds(theta_g[here])
-        weight = gain[here].astype(np.float32)
-        x, scratch, value = np.empty_like(place), np.empty_like(place), np.empty_like(weight)
-        place ^= k0
+    if moved.size:
+        # Whole numbers add up to the same in any order, so a kernel may choose its own.
+        most = float(np.add.reduceat(np.abs(gain[moved]), starts).max())
+        unit = 2.0 ** (29 - math.frexp(most)[1])
+        weights = np.rint(gain[moved] * unit).astype(np.int32)
+        count = _compiled() or _count
+        tally = count(
+            moved.astype(np.uint32).view(np.int32), thresholds(theta_g[moved]), weights, starts, *draws.candidates()
+        )
+        scores[:, present] = tally * np.float32(1.0 / unit)
+    return scores, wanted
+
+
+def _compiled() -> Callable[..., NDArray[np.int32]] | None:
+    if not available():
+        return None
+    from .scored import count
+
+    return count
+
+
+def _count(
+    places: NDArray[np.int32],
+    cuts: NDArray[np.int32],
+    weights: NDArray[np.int32],
+    starts: NDArray[np.intp],
+    k0: int,
+    keys: NDArray[np.int32],
+) -> NDArray[np.int32]:
+    """Sum the weights of each candidate's ones in each block: (candidates, blocks), which begin at ``starts``."""
+    tally = np.empty((keys.size, starts.size), np.int32)
+    stride = max(1, _CACHED * starts.size // places.size)
+    for first in range(0, starts.size, stride):
+        edge = starts[first + stride] if first + stride < starts.size else places.size
+        here, at = slice(starts[first], edge), starts[first : first + stride] - starts[first]
+        place, cut, weight = places[here] ^ np.int32(k0), cuts[here], weights[here]
+        x, scratch, value = np.empty_like(place), np.empty_like(place), np.empty_like(place)
         mix_(place, scratch)
         for c, k1 in enumerate(keys.tolist()):
             np.bitwise_xor(place, k1, out=x)
             mix_(x, scratch)
-            np.less(x, cuts, out=value)  # float32 at once: a product of floats and bools is slow
+            np.less(x, cut, out=value, casting="unsafe")
             value *= weight
-            scores[c, blocks] = np.add.reduceat(value, at)
-    return scores, wanted
+            tally[c, first : first + stride] = np.add.reduceat(value, at, dtype=np.int32)
+    return tally
 
 
 def _most(shares: NDArray[np.float64], rest: float) -> NDArray[np.intp]:

@@ -291,3 +291,30 @@ def test_no_blocks_or_no_candidates(blocks, size):
 def test_numbers_that_name_no_candidates(chosen):
     with pytest.raises(ValueError, match="3 blocks need a number below 8 each"):
         replay(Draws(derive(0), 3, 8), np.full(9, 0.5), np.array(chosen, np.uint32))
+
+
+@settings(max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 40), st.data())
+def test_the_compiled_count_is_the_same(blocks, size, data):
+    from fedmask_flwr.masks import scored
+
+    lengths = np.array(data.draw(st.lists(st.integers(1, 30), min_size=blocks, max_size=blocks)))
+    n = int(lengths.sum())
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    places, cuts, keys = (rng.integers(-(2**31), 2**31, m).astype(np.int32) for m in (n, n, size))
+    weights = rng.integers(-(2**24), 2**24, n).astype(np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    k0 = data.draw(st.integers(-(2**31), 2**31 - 1))
+    plain = sampled._count(places, cuts, weights, starts, k0, keys)
+    assert np.array_equal(plain, scored.count(places, cuts, weights, starts, k0, keys))
+
+
+def test_pick_is_the_same_without_numba(monkeypatch):
+    rng = np.random.default_rng(0)
+    theta_g = rng.random(3000)
+    theta_k = np.clip(theta_g + rng.normal(0, 0.1, 3000), 0, 1)
+    draws, chance = Draws(derive("numba"), 7, 64), derive("chance")
+    compiled = pick(draws, theta_g, theta_k, chance, 1e-3)
+    monkeypatch.setenv("FEDMASK_JIT", "0")
+    assert sampled._compiled() is None
+    assert np.array_equal(compiled, pick(draws, theta_g, theta_k, chance, 1e-3))
