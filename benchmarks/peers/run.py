@@ -6,7 +6,8 @@
 
 Ten clients with IID parts, three local epochs; every method with its own defaults, but for what its row says. The
 metrics of every round are kept in benchmarks/results/peers-<data>.json, a run as soon as it is complete; what is
-kept is not run again. The tables are in benchmarks/peers/README.md; `--table` prints them from what is kept.
+kept is not run again. The tables are in benchmarks/peers/README.md; `--table` prints them from what is kept, and
+`--plot FILE` draws them.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from flwr.app import Context, RecordDict  # noqa: E402
 from loopback import LoopbackGrid  # noqa: E402
 
+from benchmarks import ratios  # noqa: E402
+from benchmarks.peers import report  # noqa: E402
 from client_app.main import app  # noqa: E402
 from fedmask_flwr.flower.apps import serve  # noqa: E402
 
@@ -71,42 +74,6 @@ def run(settings: dict, rounds: int, seed: int) -> list[dict]:
     return [{key: line[key] for key in KEPT if key in line} for line in lines]
 
 
-def bits_to(run: dict, accuracy: float, numel: float) -> tuple[float, float] | None:
-    """Bits a parameter and client, up and in both directions, until the thresholded accuracy is reached."""
-    up = both = 0.0
-    for line in run["rounds"]:
-        up += line["uplink_bytes"]
-        both += line["uplink_bytes"] + line["downlink_bytes"]
-        if line["accuracy_threshold"] >= accuracy:
-            return 8 * up / CLIENTS / numel, 8 * both / CLIENTS / numel
-    return None
-
-
-def table(runs: list[dict], targets: tuple[float, ...]) -> None:
-    """Markdown: final accuracy, bits a parameter to each accuracy (up / both), bits a round from round 10 on."""
-    print(
-        f"| method | final accuracy | {' | '.join(f'bits to {t:.0%}: up / both' for t in targets)} | both, last |"
-    )
-    print("|---" * (len(targets) + 3) + "|")
-    for name in dict.fromkeys(run["name"] for run in runs):
-        mine = [run for run in runs if run["name"] == name]
-        final = [run["rounds"][-1]["accuracy_threshold"] for run in mine]
-        numel = mine[0]["numel"]
-        cells = []
-        for target in targets:
-            found = [bits_to(run, target, numel) for run in mine]
-            if None in found:
-                cells.append(f"{sum(f is not None for f in found)} of {len(found)} seeds")
-            else:
-                cells.append(" / ".join(f"{sum(f[i] for f in found) / len(found):.3g}" for i in (0, 1)))
-        last = [
-            8 * (line["uplink_bytes"] + line["downlink_bytes"]) / CLIENTS / numel
-            for run in mine for line in run["rounds"][9:] or run["rounds"][-1:]
-        ]  # fmt: skip
-        spread = f"{sum(final) / len(final):.4f} ({min(final):.4f} to {max(final):.4f})"
-        print(f"| {name} | {spread} | {' | '.join(cells)} | {max(last):.3g} |")
-
-
 def main() -> None:
     """Run what is not kept, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -119,6 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--targets", default="0.9,0.95,0.96")
     parser.add_argument("--table", action="store_true", help="print what is kept")
+    parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
@@ -139,7 +107,10 @@ def main() -> None:
                          "settings": settings | {"data-dir": ""}, "rounds": lines})  # fmt: skip
             kept.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n")
             print(label, seed, f"{time.monotonic() - began:.0f} s", lines[-1]["accuracy_threshold"], flush=True)
-    table(runs, tuple(float(t) for t in args.targets.split(",")))
+    targets = [float(t) for t in args.targets.split(",")]
+    print(report.table(runs, targets), ratios.table(report.ratios(runs, targets[len(targets) // 2])), sep="\n\n")
+    if args.plot:
+        report.plot(runs, args.plot, f"{args.data}, {CLIENTS} clients, IID, 3 local epochs")
 
 
 if __name__ == "__main__":
