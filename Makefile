@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 # An old uv lacks what is used here; ours is then made in .uv.
 UV := $(shell uv venv --help 2>/dev/null | grep -q -e --clear && command -v uv || echo .uv/bin/uv)
 export OMP_NUM_THREADS ?= 1
+# Or each of the hundreds of processes that the tests start compiles torch and flwr anew.
+unexport PYTHONDONTWRITEBYTECODE
 # A test module stays in one process: its fixtures are whole runs.
 PARALLEL ?= -n 2 --dist loadscope
 

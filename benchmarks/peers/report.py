@@ -61,7 +61,7 @@ def named(runs: Sequence[Run], name: str) -> list[Run]:
     return [run for run in runs if run["name"] == name]
 
 
-def ratios(runs: Sequence[Run], accuracy: float) -> list[Ratio]:
+def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
     """What is promised, over the seeds that reached the accuracy in every row that is compared."""
 
     def up(name: str) -> float | None:
@@ -71,7 +71,7 @@ def ratios(runs: Sequence[Run], accuracy: float) -> list[Ratio]:
     ideal = [rounds_to(run, accuracy) for run in named(runs, "fedpm")]
     fedpm = mean([float(r) for r in ideal if r]) if ideal and None not in ideal else None  # one bit a round
     faithful, sampled, exact = up("deltamask faithful"), up("klms"), up("deltamask exact")
-    to = f"uplink bits to {accuracy:.0%}"
+    to = f"{data}: uplink bits to {accuracy:.0%}"
     pairs = [
         (f"{to}: FedPM's ideal bit / klms", fedpm, sampled, 25.0),
         (f"{to}: FedPM's ideal bit / deltamask exact", fedpm, exact, 7.0),
@@ -80,7 +80,7 @@ def ratios(runs: Sequence[Run], accuracy: float) -> list[Ratio]:
     out = [Ratio(name, over / under, target) for name, over, under, target in pairs if over and under]
     for name, target in (("klms", 200.0), ("deltamask exact", 50.0)):
         if mine := named(runs, name):
-            label = f"both directions, a round from 10 on: FedAvg float32 / {name}"
+            label = f"{data}: both directions, a round from 10 on: FedAvg float32 / {name}"
             out.append(Ratio(label, DENSE_BITS / max(last(run) for run in mine), target))
     if mine := named(runs, "klms"):
         sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
@@ -93,7 +93,7 @@ def ratios(runs: Sequence[Run], accuracy: float) -> list[Ratio]:
 
 
 def table(runs: Sequence[Run], targets: Sequence[float]) -> str:
-    """Markdown: final accuracy, rounds and bits a parameter to each accuracy (up / both), bits a round from 10 on."""
+    """Markdown: final accuracy, rounds and bits to each accuracy (up / both), bits a round from 10 on."""
     heads = ["method", "seeds", "accuracy of the last three rounds (range)"]
     heads += [f"to {t:.0%}: rounds; bits up / both" for t in targets] + ["both, most in a round from 10 on"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
@@ -115,7 +115,7 @@ def table(runs: Sequence[Run], targets: Sequence[float]) -> str:
 
 
 def plot(runs: Sequence[Run], path: Path, title: str) -> None:
-    """Accuracy against bits a parameter so far, both directions: a line a row (mean of its seeds) and their band."""
+    """Accuracy against bits a parameter so far, both directions: a line a row, a band its seeds."""
     import numpy as np
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg

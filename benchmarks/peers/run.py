@@ -2,9 +2,10 @@
 
     python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist
     python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist --only klms,fedpm --seeds 1 --rounds 6
-    python benchmarks/peers/run.py digits --seeds 1 --rounds 4 --out /tmp/small.json
+    python benchmarks/peers/run.py digits --quick
 
-Ten clients with IID parts, three local epochs; every method with its own defaults, but for what its row says. The
+Ten clients with IID parts (HAPT: its thirty users), three local epochs; every method with its own defaults, but for
+what its row says. The
 metrics of every round are kept in benchmarks/results/peers-<data>.json, a run as soon as it is complete; what is
 kept is not run again. The tables are in benchmarks/peers/README.md; `--table` prints them from what is kept, and
 `--plot FILE` draws them.
@@ -51,15 +52,22 @@ ROWS = {
     "topk": {"method": "topk"},
 }
 DATA = {
-    "mnist": {"data": "mnist", "model": "mlp"},
-    "held-out": {"data": "benchmarks.settings:unit", "model": "mlp"},
-    "digits": {"data": "digits", "model": "mlp"},
-    "cifar10": {"data": "cifar10", "model": "lenet5"},
-    "hapt": {"data": "hapt", "model": "har", "partition": "group"},
+    "mnist": {"data": "mnist", "model": "mlp", "clients": 10},
+    "held-out": {"data": "benchmarks.settings:unit", "model": "mlp", "clients": 10},
+    "digits": {"data": "digits", "model": "mlp", "clients": 10},
+    "cifar10": {"data": "benchmarks.peers.cut:cifar10", "model": "lenet5", "clients": 10},
+    "hapt": {"data": "hapt", "model": "har", "partition": "group", "clients": 30},
 }
+TARGETS = {
+    "mnist": (0.9, 0.95, 0.96),
+    "held-out": (0.9, 0.95, 0.96),
+    "digits": (0.7, 0.8),
+    "cifar10": (0.3, 0.4, 0.5),
+    "hapt": (0.7, 0.8, 0.85),
+}
+QUICK = {"seeds": "1", "rounds": 3, "only": "klms,deltamask exact,fedpm,fedavg"}
 KEPT = ("round", "accuracy_threshold", "accuracy_sampled", "uplink_bytes", "downlink_bytes", "uplink_bpp",
         "flower_uplink_bytes", "flower_downlink_bytes", "clients_failed", "seconds")  # fmt: skip
-CLIENTS = 10
 
 
 def run(settings: dict, rounds: int, seed: int) -> list[dict]:
@@ -67,9 +75,9 @@ def run(settings: dict, rounds: int, seed: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as out:
         config = {
             "out": out, "memory-dir": f"{out}/memory", "num-server-rounds": rounds, "seed": seed,
-            "clients": CLIENTS, "min-nodes": CLIENTS, "local-epochs": 3, **settings,
+            "min-nodes": settings["clients"], "local-epochs": 3, **settings,
         }  # fmt: skip
-        serve(LoopbackGrid(app, CLIENTS, config), Context(1, 1, {}, RecordDict(), config))
+        serve(LoopbackGrid(app, settings["clients"], config), Context(1, 1, {}, RecordDict(), config))
         lines = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
     return [{key: line[key] for key in KEPT if key in line} for line in lines]
 
@@ -84,14 +92,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--set", action="append", default=[], help="key=value for all rows; part of their names")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--targets", default="0.9,0.95,0.96")
+    parser.add_argument("--targets", help="accuracies, such as 0.9,0.95; the second one is that of the ratios")
     parser.add_argument("--table", action="store_true", help="print what is kept")
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG of what is kept")
+    parser.add_argument("--ratios", type=Path, help="JSON of the ratios, for benchmarks/bench.py")
+    parser.add_argument("--quick", action="store_true", help="three rounds of four rows; nothing is kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
+    if args.quick:
+        for key, value in QUICK.items():
+            setattr(args, key, value)
     kept = args.out or RESULTS / f"peers-{args.data}.json"
-    runs = json.loads(kept.read_text()) if kept.exists() else []
+    runs = json.loads(kept.read_text()) if kept.exists() and not args.quick else []
     more = dict(pair.split("=", 1) for pair in args.set)
     more = {key: json.loads(value) if value[0] in "0123456789tf" else value for key, value in more.items()}
     for seed in [] if args.table else [int(s) for s in args.seeds.split(",")]:
@@ -102,15 +115,20 @@ def main() -> None:
             began = time.monotonic()
             settings = {"data-dir": args.data_dir, **DATA[args.data], **ROWS[name], **more}
             lines = run(settings, args.rounds, seed)
-            numel = round(8 * lines[0]["uplink_bytes"] / CLIENTS / lines[0]["uplink_bpp"])
-            runs.append({"name": label, "seed": seed, "clients": CLIENTS, "numel": numel,
+            clients = settings["clients"]
+            numel = round(8 * lines[0]["uplink_bytes"] / clients / lines[0]["uplink_bpp"])
+            runs.append({"name": label, "seed": seed, "clients": clients, "numel": numel,
                          "settings": settings | {"data-dir": ""}, "rounds": lines})  # fmt: skip
-            kept.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n")
+            if not args.quick:
+                kept.write_text(json.dumps(runs).replace("}, {", "},\n{") + "\n")
             print(label, seed, f"{time.monotonic() - began:.0f} s", lines[-1]["accuracy_threshold"], flush=True)
-    targets = [float(t) for t in args.targets.split(",")]
-    print(report.table(runs, targets), ratios.table(report.ratios(runs, targets[len(targets) // 2])), sep="\n\n")
+    targets = [float(t) for t in args.targets.split(",")] if args.targets else TARGETS[args.data]
+    figures = report.ratios(runs, targets[1], args.data)
+    print(report.table(runs, targets), ratios.table(figures), sep="\n\n")
     if args.plot:
-        report.plot(runs, args.plot, f"{args.data}, {CLIENTS} clients, IID, 3 local epochs")
+        report.plot(runs, args.plot, f"{args.data}: {runs[0]['clients']} clients, 3 local epochs")
+    if args.ratios:
+        ratios.save(args.ratios, figures)
 
 
 if __name__ == "__main__":
