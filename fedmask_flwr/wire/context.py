@@ -11,8 +11,7 @@ body. Classes without a position do not count.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TypeAlias, final
 
@@ -20,17 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .base import BitCodec, Body
-from .bits import Bits, pack_bits, slice_bits, unpack_bits
+from .bits import Bits, nbytes, paste_bits, slice_bits
 from .entropy import EntropyCodec
 from .errors import WireError
+from .order import CLASSES, Order, tally
 from .rice import RiceCodec, best
 from .sideinfo import SideInfo
 from .varint import get_varint, put_varint
 
-_CLASSES = 256
 _JOINED = 128  # classes in one group at most: seven bits
 _GROUPS = 64  # at most: a rANS group takes 0.8 MB of tables while it is decoded
-_CHUNK = 1 << 16  # positions whose 64-bit places are in memory at a time
 _RANS, _GAPS = EntropyCodec(), RiceCodec()
 _RANS_HEAD, _GAPS_HEAD = 24.0, 28.0  # bits that a group costs besides its flips
 _DENSE = 0.02  # below this share of ones, gaps are as small as rANS of whole bytes
@@ -48,12 +46,11 @@ class ContextCodec(BitCodec):
 
     def encode(self, bits: Bits, known: SideInfo) -> bytes:
         """Choose the groups and code each."""
-        delta, classes = unpack_bits(known.delta(bits), known.numel), known.checked_classes()
-        tally = _tally(delta, classes)
-        groups = _join(*_occurring(tally))
-        dense, sparse, row = _layout(groups, tally)
-        order = _Order(row[classes], dense + sparse)
-        sorted_, cut = pack_bits(order.sort(delta)), sum(dense)
+        delta, classes = known.delta(bits), known.checked_classes()
+        found = tally(delta, classes)
+        groups = _join(*_occurring(found))
+        dense, sparse, row = _layout(groups, found)
+        sorted_, cut = Order(classes, row, dense + sparse).sort(delta), sum(dense)
         parts = [put_varint(len(groups)), bytes((joined - 1) << 1 | by_rans for joined, by_rans in groups)]
         if dense:
             body = _RANS.encode(slice_bits(sorted_, 0, cut), SideInfo(dense))
@@ -65,23 +62,22 @@ class ContextCodec(BitCodec):
     def decode(self, body: Body, known: SideInfo) -> Bits:
         """Read it back; WireError if the groups do not fit the classes, or a part of the body is not valid."""
         classes = known.checked_classes()
-        tally = _tally(np.zeros(known.numel, np.bool_), classes)
-        groups, at = _read_groups(body, int(np.count_nonzero(tally[0])))
-        dense, sparse, row = _layout(groups, tally)
-        flags = np.empty(known.numel, np.bool_)
+        found = tally(None, classes)
+        groups, at = _read_groups(body, int(np.count_nonzero(found[0])))
+        dense, sparse, row = _layout(groups, found)
+        sorted_ = np.zeros(nbytes(known.numel), np.uint8)
         cut = sum(dense)
         if dense:
             length, at = get_varint(body, at, len(body))
             if length > len(body) - at:
                 raise WireError("context body is truncated within its dense groups")
-            flags[:cut] = unpack_bits(_RANS.decode(body[at : at + length], SideInfo(dense)), cut)
+            paste_bits(sorted_, 0, _RANS.decode(body[at : at + length], SideInfo(dense)))
             at += length
         if sparse:
-            flags[cut:] = unpack_bits(_GAPS.decode(body[at:], SideInfo(sparse)), known.numel - cut)
+            paste_bits(sorted_, cut, _GAPS.decode(body[at:], SideInfo(sparse)))
         elif at != len(body):
             raise WireError("context body is longer than its groups")
-        delta = _Order(row[classes], dense + sparse).restore(flags)
-        return known.delta(pack_bits(delta))
+        return known.delta(Order(classes, row, dense + sparse).restore(sorted_))
 
     def size(self, ones: tuple[int, ...], known: SideInfo) -> float:
         """Unknown from the layers' ones alone: see `measure`."""
@@ -89,7 +85,7 @@ class ContextCodec(BitCodec):
 
     def measure(self, delta: Bits, known: SideInfo) -> float:
         """Body bytes expected for a delta, without coding it."""
-        sizes, ones = _occurring(_tally(unpack_bits(delta, known.numel), known.checked_classes()))
+        sizes, ones = _occurring(tally(delta, known.checked_classes()))
         groups = _join(sizes, ones)
         at = np.cumsum([0, *(joined for joined, _ in groups)])
         found = [_cost(sum(sizes[a:b]), sum(ones[a:b]))[0] for a, b in pairwise(at)]
@@ -97,22 +93,12 @@ class ContextCodec(BitCodec):
 
     def max_body(self, numel: int, layers: int) -> int:
         """Both of its parts at their largest."""
-        return _RANS.max_body(numel, _CLASSES) + _GAPS.max_body(numel, _CLASSES) + 2 * _CLASSES
+        return _RANS.max_body(numel, CLASSES) + _GAPS.max_body(numel, CLASSES) + 2 * CLASSES
 
 
-def _tally(delta: NDArray[np.bool_], classes: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """Positions and ones of each class: (2, 256)."""
-    found = np.zeros((2, _CLASSES), np.int64)
-    for a in range(0, classes.size, _CHUNK):
-        part = classes[a : a + _CHUNK]
-        found[0] += np.bincount(part, minlength=_CLASSES)
-        found[1] += np.bincount(part[delta[a : a + _CHUNK]], minlength=_CLASSES)
-    return found
-
-
-def _occurring(tally: NDArray[np.int64]) -> tuple[list[int], list[int]]:
+def _occurring(found: NDArray[np.int64]) -> tuple[list[int], list[int]]:
     """Positions and ones of each class that occurs."""
-    sizes, ones = tally[:, tally[0] > 0].tolist()
+    sizes, ones = found[:, found[0] > 0].tolist()
     return sizes, ones
 
 
@@ -150,56 +136,19 @@ def _join(sizes: Sequence[int], ones: Sequence[int]) -> list[_Group]:
 
 
 def _layout(
-    groups: Sequence[_Group], tally: NDArray[np.int64]
+    groups: Sequence[_Group], found: NDArray[np.int64]
 ) -> tuple[tuple[int, ...], tuple[int, ...], NDArray[np.uint8]]:
     """Sizes of the dense groups and of the others, and the place of each class among them: (256,)."""
-    occurring = np.flatnonzero(tally[0])
+    occurring = np.flatnonzero(found[0])
     edges = np.cumsum([0, *(joined for joined, _ in groups)]).tolist()
     dense = [i for i, (_, by_rans) in enumerate(groups) if by_rans]
     sparse = [i for i, (_, by_rans) in enumerate(groups) if not by_rans]
-    row, sizes = np.zeros(_CLASSES, np.uint8), []
+    row, sizes = np.zeros(CLASSES, np.uint8), []
     for place, i in enumerate(dense + sparse):
         members = occurring[edges[i] : edges[i + 1]]
         row[members] = place
-        sizes.append(int(tally[0, members].sum()))
+        sizes.append(int(found[0, members].sum()))
     return tuple(sizes[: len(dense)]), tuple(sizes[len(dense) :]), row
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class _Order:
-    """Positions sorted by group, in place within it, a chunk at a time; ``row`` is each position's group."""
-
-    row: NDArray[np.uint8]
-    sizes: tuple[int, ...]
-
-    def sort(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Bring flags by position into the order of the groups."""
-        out = np.empty_like(flags)
-        for chunk, order, pieces in self._chunks():
-            part, at = flags[chunk][order], 0
-            for piece in pieces:
-                n = piece.stop - piece.start
-                out[piece] = part[at : at + n]
-                at += n
-        return out
-
-    def restore(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The inverse of `sort`."""
-        out = np.empty_like(flags)
-        for chunk, order, pieces in self._chunks():
-            out[chunk][order] = np.concatenate([flags[piece] for piece in pieces])
-        return out
-
-    def _chunks(self) -> Iterator[tuple[slice, NDArray[np.intp], list[slice]]]:
-        """A chunk of positions, its order by group, and the piece of each group that it is."""
-        done = np.cumsum([0, *self.sizes])[:-1]
-        for a in range(0, self.row.size, _CHUNK):
-            part = self.row[a : a + _CHUNK]
-            upto = done + np.bincount(part, minlength=done.size)
-            pieces = [slice(*ends) for ends in zip(done.tolist(), upto.tolist(), strict=True)]
-            yield slice(a, a + part.size), np.argsort(part, kind="stable"), pieces
-            done = upto
 
 
 def _read_groups(body: Body, occurring: int) -> tuple[list[_Group], int]:

@@ -1,8 +1,10 @@
 """Codecs ``fuse8`` and ``fuse16``: 3-wise binary fuse filters over the delta's positions (DeltaMask).
 
 Lossy: a zero of the delta decodes as one with probability 2^-8 or 2^-16; a one is never lost.
-Body: nothing for an empty delta; else seed u64, size, segment length, segment count, segment count length and
-array length as u32, and the fingerprints, all little-endian. Built by pyfusefilter's C core, read by `query`.
+Body: nothing for an empty delta; else a filter: seed u64, size, segment length, segment count, segment count
+length and array length as u32, and the fingerprints, all little-endian. Above `_KEYS` ones, several filters, each
+of a range of positions: their number u64, 0 u32 (where a single filter has its size), the position at which each
+range ends u64, and the filters. Built by pyfusefilter's C core, read by `query_ranges`.
 T. M. Graf, D. Lemire 2022 (arXiv 2201.01174).
 """
 
@@ -10,94 +12,74 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .base import BitCodec, Body
-from .bits import Bits, nbytes, positions
+from .bits import Bits, positions
 from .errors import FilterBuildError, WireError
+from .membership import Filter, query_ranges
 from .sideinfo import SideInfo
 
 _HEAD = struct.Struct("<QIIIII")
-_CHUNK = 1 << 16  # keys a pass: the scratch stays in cache
+_SPLIT = struct.Struct("<QI")
 _MAX_SEGMENT = 1 << 18
-_M32 = np.uint64(0xFFFFFFFF)
-_MIX1, _MIX2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Filter:
-    """A validated filter: seed, segment length and count, fingerprints of shape ((count + 2) * length,)."""
-
-    seed: int
-    segment: int
-    segments: int
-    fingerprints: NDArray[np.uint8] | NDArray[np.uint16]
+_KEYS = 1 << 18  # at most, of a filter that stays in cache while it is asked
+_RANGE = 1 << 16  # positions at least, of one of several filters: bounds the work of a hostile body
 
 
 def parse(body: Body, width: int, numel: int) -> Filter:
     """Check every header field against the body before anything is indexed; WireError if one is off."""
-    if len(body) < _HEAD.size:
-        raise WireError(f"filter body has {len(body)} bytes, its header alone {_HEAD.size}")
-    seed, size, segment, segments, span, length = _HEAD.unpack_from(body)
+    length = _slots(body, 0, numel)[-1]
+    if len(body) != _HEAD.size + length * width:
+        raise WireError(f"filter of {length} slots takes {_HEAD.size + length * width} bytes, got {len(body)}")
+    return _filter(body, 0, width, numel)
+
+
+def _slots(body: Body, at: int, numel: int) -> tuple[int, int, int, int]:
+    """Seed, segment length, segments and slots of the filter at this offset."""
+    if len(body) - at < _HEAD.size:
+        raise WireError(f"filter body has {len(body) - at} bytes, its header alone {_HEAD.size}")
+    seed, size, segment, segments, span, length = _HEAD.unpack_from(body, at)
     if not 0 < size <= numel:
         raise WireError(f"filter claims {size} keys of {numel} positions")
     if not 0 < segment <= _MAX_SEGMENT or segment & (segment - 1):
         raise WireError(f"filter segment length {segment} is not a power of two up to {_MAX_SEGMENT}")
     if not segments or span != segments * segment or length != span + 2 * segment:
         raise WireError("filter geometry does not add up")
-    if len(body) != _HEAD.size + length * width:
-        raise WireError(f"filter of {length} slots takes {_HEAD.size + length * width} bytes, got {len(body)}")
-    raw = np.frombuffer(body, f"<u{width}", length, _HEAD.size)
+    return seed, segment, segments, length
+
+
+def _filter(body: Body, at: int, width: int, numel: int) -> Filter:
+    seed, segment, segments, length = _slots(body, at, numel)
+    raw = np.frombuffer(body, f"<u{width}", length, at + _HEAD.size)
     return Filter(seed, segment, segments, raw.astype(f"u{width}", copy=False))
 
 
-def query(fuse: Filter, numel: int) -> Bits:
-    """Packed membership of keys 0..numel-1, the same as the C ``contain`` of each; scratch about 2 MiB."""
-    out = np.empty(nbytes(numel), np.uint8)
-    fp, length = fuse.fingerprints, np.uint64(fuse.segment)
-    mask, span = np.uint64(fuse.segment - 1), np.uint64(fuse.segment * fuse.segments)
-    n = min(_CHUNK, numel)
-    base = np.arange(n, dtype=np.uint64)
-    h_, t_, i_ = (np.empty(n, np.uint64) for _ in range(3))
-    f_, g_ = (np.empty(n, fp.dtype) for _ in range(2))
-    for start in range(0, numel, _CHUNK):
-        n = min(_CHUNK, numel - start)
-        h, t, i, f, g = h_[:n], t_[:n], i_[:n], f_[:n], g_[:n]
-        slot = i.view(np.int64)  # indices are below 2^33, and take wants signed ones
-        np.add(base[:n], np.uint64((start + fuse.seed) % 2**64), out=h)
-        for mix in (_MIX1, _MIX2, None):
-            np.right_shift(h, 33, out=t)
-            np.bitwise_xor(h, t, out=h)
-            if mix is not None:
-                np.multiply(h, mix, out=h)
-        np.right_shift(h, 32, out=t)
-        np.bitwise_xor(h, t, out=i)
-        f[:] = i  # the low bits: the key's own fingerprint
-        # high word of h * span, exact because span < 2^32
-        np.bitwise_and(h, _M32, out=i)
-        np.multiply(i, span, out=i)
-        np.right_shift(i, 32, out=i)
-        np.multiply(t, span, out=t)
-        np.add(i, t, out=i)
-        np.right_shift(i, 32, out=i)
-        np.take(fp, slot, out=g, mode="clip")  # clip only spares numpy a copy: slots are in range by geometry
-        np.bitwise_xor(f, g, out=f)
-        base0 = i + length
-        np.right_shift(h, 18, out=t)
-        np.bitwise_and(t, mask, out=t)
-        np.bitwise_xor(base0, t, out=i)
-        np.take(fp, slot, out=g, mode="clip")
-        np.bitwise_xor(f, g, out=f)
-        np.add(base0, length, out=base0)
-        np.bitwise_and(h, mask, out=t)
-        np.bitwise_xor(base0, t, out=i)
-        np.take(fp, slot, out=g, mode="clip")
-        out[start >> 3 : (start >> 3) + nbytes(n)] = np.packbits(f == g, bitorder="little")
-    return out
+def parse_ranges(body: Body, width: int, numel: int) -> list[tuple[int, int, Filter]]:
+    """First position, number of positions and filter of each range; everything is checked before it is used."""
+    if len(body) < _HEAD.size or any(body[8:12]):
+        return [(0, numel, parse(body, width, numel))]
+    count, _ = _SPLIT.unpack_from(body)
+    at = _SPLIT.size + 8 * count
+    if not 2 <= count <= numel // _RANGE or at > len(body):
+        raise WireError(f"{count} filters do not fit {numel} positions in {len(body)} bytes")
+    stops = np.frombuffer(body, "<u8", count, _SPLIT.size).tolist()
+    found = []
+    for start, stop in pairwise((0, *stops)):
+        if start % 64 or stop - start < _RANGE or stop > numel:
+            raise WireError(f"a filter of positions {start} to {stop} of {numel} is not one an encoder writes")
+        size = _HEAD.size + _slots(body, at, stop - start)[-1] * width
+        if size > len(body) - at:
+            raise WireError("filter body is truncated")
+        found.append((start, stop - start, _filter(body, at, width, stop - start)))
+        at += size
+    if at != len(body) or stops[-1] != numel:
+        raise WireError("filters do not end where the body or the positions end")
+    return found
 
 
 def _core() -> tuple[Any, Any]:
@@ -137,6 +119,26 @@ def build(keys: NDArray[np.int64], width: int) -> bytes:
         getattr(lib, f"{name}_free")(fuse)
 
 
+def build_ranges(keys: NDArray[np.int64], width: int, numel: int) -> bytes:
+    """Body of these ascending keys below numel: one filter, or several of equally many keys, `_KEYS` at most."""
+    count = -(-keys.size // _KEYS)
+    if count < 2:
+        return build(keys, width)
+    cuts = [keys.size * i // count for i in range(1, count)]
+    stops = [*((keys[cuts] + 64) & ~63).tolist(), numel]  # multiples of 64 keep the ranges' bytes apart
+    at = [0, *np.searchsorted(keys, stops).tolist()]
+    filters = [build(keys[a:b], width) for a, b in pairwise(at)]
+    return b"".join([_SPLIT.pack(count, 0), np.array(stops, "<u8").tobytes(), *filters])
+
+
+def _single(n: int, width: int) -> int:
+    """Bytes of one filter of n keys."""
+    segment = 1 << min(18, math.floor(math.log(n) / math.log(3.33) + 2.25)) if n > 1 else 4
+    factor = max(1.125, 0.875 + 0.25 * math.log(1e6) / math.log(n)) if n > 1 else 0.0
+    segments = max(1, math.ceil(round(n * factor) / segment) - 2)
+    return _HEAD.size + (segments + 2) * segment * width
+
+
 class FuseCodec(BitCodec):
     """The two widths share everything but the width."""
 
@@ -145,29 +147,27 @@ class FuseCodec(BitCodec):
 
     @final
     def encode(self, bits: Bits, known: SideInfo) -> bytes:
-        """Build the filter; FilterBuildError if that fails (rare, most often near 11 500 keys)."""
+        """Build the filters; FilterBuildError if that fails (rare, most often near 11 500 keys)."""
         keys = positions(known.delta(bits), known.numel)
-        return build(keys, self.width) if keys.size else b""
+        return build_ranges(keys, self.width, known.numel) if keys.size else b""
 
     @final
     def decode(self, body: Body, known: SideInfo) -> Bits:
-        """Ask the filter for every position; WireError if its header is not valid."""
+        """Ask the filters for every position; WireError if a header is not valid."""
         numel = known.numel
-        delta = query(parse(body, self.width, numel), numel) if len(body) else np.zeros(nbytes(numel), np.uint8)
+        delta = query_ranges(parse_ranges(body, self.width, numel) if len(body) else (), numel)
         if known.reference is not None:
             delta ^= known.reference
         return delta
 
     @final
     def size(self, ones: tuple[int, ...], known: SideInfo) -> float:
-        """Header and the slots of a filter with that many keys."""
+        """Headers and the slots of filters with that many keys."""
         n = sum(ones)
-        if not n:
-            return 0.0
-        segment = 1 << min(18, math.floor(math.log(n) / math.log(3.33) + 2.25)) if n > 1 else 4
-        factor = max(1.125, 0.875 + 0.25 * math.log(1e6) / math.log(n)) if n > 1 else 0.0
-        segments = max(1, math.ceil(round(n * factor) / segment) - 2)
-        return float(_HEAD.size + (segments + 2) * segment * self.width)
+        count = -(-n // _KEYS)
+        if count < 2:
+            return float(_single(n, self.width)) if n else 0.0
+        return float(_SPLIT.size + count * (8 + _single(n // count, self.width)))
 
     @final
     def max_body(self, numel: int, layers: int) -> int:

@@ -10,8 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmask_flwr.jit import compiled
+
 from .base import Body
 from .errors import WireError
+from .machine import compiled_pays
 from .varint import get_varint, put_varint
 
 TOTAL = 1 << 16
@@ -19,6 +22,7 @@ TOTAL = 1 << 16
 _MAX_LANES = 4096
 _MAX_STEPS = 1 << 14  # bounds the time of a decode: a step costs microseconds however few lanes there are
 _LANE_BYTES = 600  # payload a lane, so that its 4-byte state stays near 0.5 %
+_BITS = 8  # positions a symbol is taken for, in the question whether machine code pays
 _BLOCK = 1 << 20  # symbols whose 64-bit places are in memory at a time
 
 Tables = NDArray[np.uint32]
@@ -61,6 +65,10 @@ def encode(
     lanes = lane_count(n, round(size, 3))  # rounded: the last place of log2 differs between machines
     cums = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)
     state = np.full(lanes, TOTAL, np.uint32)
+    if compiled_pays(_BITS * n):
+        back = np.empty(n, np.uint16)
+        stream = back[_encode(index, freqs, cums, state, back) :]
+        return put_varint(lanes) + state.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
     words: list[NDArray[np.uint16]] = []
     for row in range((n - 1) // lanes * lanes, -1, -lanes):
         at = index[row : row + lanes]
@@ -100,6 +108,10 @@ def decode(
     _check_tables(tables)
     step_of, symbol_of = _slot_tables(tables)
     slots = np.empty(n, np.uint16)
+    if compiled_pays(_BITS * n):
+        which = np.empty(0, np.uint16) if contexts is None else contexts.astype(np.uint16, copy=False)
+        read = _decode(state, words.astype(np.uint16), step_of, symbol_of, which, slots)
+        return _ended(slots, state, words.size - read)
     read = 0
     for row in range(0, n, lanes):
         slot = slots[row : row + lanes]
@@ -119,9 +131,17 @@ def decode(
                 raise WireError("rANS body is truncated")
             x[low] = (x[low] << 16) | more
             read += low.size
-    if read != words.size or (state != TOTAL).any():
+    symbols = symbol_of[slots] if contexts is None else symbol_of[slots + (contexts.astype(np.intp) << 16)]
+    return _ended(symbols, state, words.size - read)
+
+
+def _ended(symbols: NDArray[np.uint16], state: NDArray[np.uint32], left: int) -> NDArray[np.uint16]:
+    """Give the symbols if the stream ends with them: lanes in their initial state, no words left or missing."""
+    if left < 0:
+        raise WireError("rANS body is truncated")
+    if left or (state != TOTAL).any():
         raise WireError("rANS body does not end where its symbols end")
-    return symbol_of[slots] if contexts is None else symbol_of[slots + (contexts.astype(np.intp) << 16)]
+    return symbols
 
 
 def _slot_tables(tables: Tables) -> tuple[NDArray[np.uint32], NDArray[np.uint16]]:
@@ -133,3 +153,55 @@ def _slot_tables(tables: Tables) -> tuple[NDArray[np.uint32], NDArray[np.uint16]
         cum = np.cumsum(freqs, dtype=np.uint32) - freqs
         steps.append((np.repeat(freqs - 1, freqs) << 16) | (ramp - np.repeat(cum, freqs)))
     return np.concatenate(steps), np.concatenate(symbols)
+
+
+@compiled()
+def _encode(
+    index: NDArray[np.uint32],
+    freqs: NDArray[np.uint32],
+    cums: NDArray[np.uint32],
+    state: NDArray[np.uint32],
+    words: NDArray[np.uint16],
+) -> int:
+    """Fill ``words`` from its end, in the order of `encode`; the place of the first."""
+    at, lane = words.size, (index.size - 1) % state.size
+    for i in range(index.size - 1, -1, -1):
+        symbol = index[i]
+        freq, x = np.int64(freqs[symbol]), np.int64(state[lane])
+        if x >> 16 >= freq:
+            at -= 1
+            words[at] = x & 0xFFFF
+            x >>= 16
+        # a quotient of doubles, cut off, is exact for 32-bit numbers, and quicker than an integer division
+        state[lane] = x + np.int64(np.float64(x) / np.float64(freq)) * (TOTAL - freq) + cums[symbol]
+        lane = lane - 1 if lane else state.size - 1
+    return at
+
+
+@compiled()
+def _decode(
+    state: NDArray[np.uint32],
+    words: NDArray[np.uint16],
+    step_of: NDArray[np.uint32],
+    symbol_of: NDArray[np.uint16],
+    contexts: NDArray[np.uint16],
+    symbols: NDArray[np.uint16],
+) -> int:
+    """Fill ``symbols``; the words read, or one more than there are. One table where there are no contexts."""
+    read = lane = 0
+    for i in range(symbols.size):
+        x = np.int64(state[lane])
+        slot = x & 0xFFFF
+        if contexts.size:
+            slot += np.int64(contexts[i]) << 16
+        step = np.int64(step_of[slot])
+        symbols[i] = symbol_of[slot]
+        x = (x >> 16) * ((step >> 16) + 1) + (step & 0xFFFF)
+        if x < TOTAL:
+            if read == words.size:
+                return read + 1
+            x = x << 16 | np.int64(words[read])
+            read += 1
+        state[lane] = x
+        lane = lane + 1 if lane + 1 < state.size else 0
+    return read

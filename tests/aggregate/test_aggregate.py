@@ -35,17 +35,6 @@ def test_votes_can_be_read_between_masks():
             assert counter.votes().tolist() == [n] * 9
 
 
-def test_votes_crossing_a_block_boundary():
-    from fedmask_flwr.aggregate.votes import BLOCK
-
-    numel = 8 * BLOCK + 13
-    row = np.random.default_rng(0).random(numel) < 0.3
-    counter = VoteCounter(numel)
-    for _ in range(2):
-        counter.add(packed([row])[0])
-    assert np.array_equal(counter.votes(), 2 * row)
-
-
 def test_a_mask_of_another_length_is_refused():
     with pytest.raises(ValueError, match="9 bits is 2 uint8"):
         VoteCounter(9).add(np.zeros(3, np.uint8))

@@ -24,6 +24,7 @@ from fedmask_flwr.wire import (
     codec_names,
     from_positions,
     fuse,
+    membership,
     pack,
     pack_bits,
     popcount,
@@ -127,7 +128,7 @@ def test_fuse_query_equals_the_c_core(width, n):
     d = 140_000  # more than two chunks
     keys = np.sort(np.random.default_rng(n).choice(d, n, replace=False))
     body = fuse.build(keys, width)
-    ours = unpack_bits(fuse.query(fuse.parse(body, width, d), d), d)
+    ours = unpack_bits(membership.query(fuse.parse(body, width, d), d), d)
     slots = np.frombuffer(body, np.uint8, offset=28).copy()
     seed, size, length, segments, span, array = fuse._HEAD.unpack_from(body)
     c = ffi.new(f"binary_fuse{8 * width}_t *")

@@ -23,7 +23,8 @@ from fedmask_flwr.wire import (
     put_varint,
     unpack_bits,
 )
-from fedmask_flwr.wire.context import _GROUPS, _layout, _tally
+from fedmask_flwr.wire.context import _GROUPS, _layout
+from fedmask_flwr.wire.order import tally
 
 CONTEXT = CODECS["context"]
 SHAPES = {
@@ -71,7 +72,7 @@ def test_equals_the_oracle(case):
     body, classes = CONTEXT.encode(bits, known), classes_of(known)
     delta = unpack_bits(known.delta(bits), known.numel)
     groups = oracle.context_groups(body)
-    dense, sparse, _ = _layout(groups, _tally(delta, classes))
+    dense, sparse, _ = _layout(groups, tally(pack_bits(delta), classes))
     ps, lanes, at = [], 1, 0
     if dense:
         lanes, at = lanes_of(body, len(dense))
