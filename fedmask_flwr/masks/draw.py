@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .kernels import probabilities, sample_
+from .kernels import Room, probabilities, sample_
 from .keyed import Key
 
 Draw = Literal["bernoulli", "threshold"]
@@ -60,7 +60,7 @@ class DrawRule:
         theta = probabilities(scores)
         return theta if self.pruned is None else theta.masked_fill_(self.pruned, 0.0)
 
-    def write_(self, scores: Tensor, key: Key, out: Tensor, start: int = 0) -> None:
+    def write_(self, scores: Tensor, key: Key, out: Tensor, start: int = 0, room: Room | None = None) -> None:
         """Write the mask into `out`, as float32 zeros and ones; `key` is for sampling only.
 
         `scores` and `out` are (n,), those from position `start` on.
@@ -68,7 +68,7 @@ class DrawRule:
         if self.draw == "threshold":
             torch.ge(scores, self.cut, out=out)
         else:
-            sample_(scores, key, out, start)
+            sample_(scores, key, out, start, room)
         if self.pruned is not None:
             out.masked_fill_(self.pruned[start : start + len(out)], 0.0)
 

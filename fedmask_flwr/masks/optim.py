@@ -8,19 +8,22 @@ step turns G into a score update and draws the next mask, or thresholds it: the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator
 from math import isfinite, log
 from typing import Any, Literal, get_args, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from . import fused
 from .apply import frozen_weights
 from .backbone import freeze
 from .draw import Draw, DrawRule, check_scores, check_theta, pruned_off
-from .kernels import score_gradient_, slices
-from .keyed import CHUNK, Key, derive
-from .pieces import Layers
+from .kernels import Room, native, score_gradient_, single, slice_length, slices
+from .keyed import Key, derive
+from .pieces import Layers, finite
 from .spec import MaskSpec
 
 Ste = Literal["identity", "p"]
@@ -106,15 +109,16 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         super().__init__([{"params": params, "lr": lr}], {"lr": lr, **defaults})
         self._spec, self._frozen, self._rule = spec, current, rule
         self._key, self._updates = derive(key) if isinstance(key, int) else key, 0
-        self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, log((1 - clip) / clip)
+        self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, single(log((1 - clip) / clip))
         d, device = spec.numel, current.device
         self._scores = torch.empty(d, device=device)
         self._moments = {name: torch.zeros(d, device=device) for name in self._moment_names()}
         # Gradient on the way in, mask values on the way out, a slice at a time: a device pays for no third moment.
-        n = min(d, CHUNK) if device.type == "cpu" else d
+        n = slice_length(d, device)
         self._layers = Layers(spec, params, current)
         self._work = torch.empty(self._layers.room(n), device=device)
-        self._scratch = torch.empty(n, device=device)
+        self._scratch = torch.empty(4, n, device=device)
+        self._room: Room | None = None
         self.set_theta(theta)
 
     @property
@@ -217,21 +221,38 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         grads = self._layers.gradients()
         self._check(grads)
         self._updates += 1
-        group = self.param_groups[0]
-        for part in slices(self._spec.numel, self._scores.device):
-            s, g = self._scores[part], self._layers.incoming(grads, part, self._work)
-            scratch = self._scratch[: len(s)]
-            score_gradient_(g, s, scratch, power=self._ste == "p", penalty=self._penalty)
-            if self._rule.pruned is not None:
-                # From zero gradients, both updates leave scores and zero moments as they are, to the bit.
-                g.masked_fill_(self._rule.pruned[part], 0.0)
-            self._update(s, g, {k: m[part] for k, m in self._moments.items()}, scratch, group)
-            s.clamp_(-self._bound, self._bound)
-        self._write_mask()
+        rates, power = self._rates(self.param_groups[0]), self._ste == "p"
+        if fused.usable(self._layers):
+            moments = list(self._moments.values())
+            fused.learn(
+                self._layers, grads, self._scores, moments, self._step_key(), self._rule,
+                rates=rates, bound=self._bound, power=power, penalty=self._penalty,
+            )  # fmt: skip
+        else:
+            self._layers.write(self._masks(self._step_key(), self._learners(grads, rates, power)))
         return loss
+
+    def _learners(self, grads: list[Tensor | None], rates: tuple[float, ...], power: bool) -> Iterator[None]:
+        """Update scores and moments, a slice at a time: one for each mask that `_masks` yields."""
+        moments = [native(m) for m in self._moments.values()]
+        s, scratch = native(self._scores), native(self._scratch)
+        pruned = self._rule.pruned
+        for part in slices(self._spec.numel, self._scores.device):
+            g, n = native(self._layers.incoming(grads, part, self._work)), part.stop - part.start
+            with np.errstate(all="ignore"):  # a large gradient is none of our business while it is finite
+                score_gradient_(g, s[part], scratch[:, :n], power=power, penalty=self._penalty)
+                if pruned is not None:
+                    # From zero gradients, both updates leave scores and zero moments as they are, to the bit.
+                    g[native(pruned[part])] = 0.0
+                self._update(s[part], g, [m[part] for m in moments], scratch[0, :n], rates)
+            _clip(s[part], self._bound)
+            yield
 
     def _check(self, grads: list[Tensor | None]) -> None:
         """One cheap pass finds trouble, a second one says where it is."""
+        quick = fused.finite if fused.usable(self._layers) else finite
+        if self._layers.on_cpu and not self._layers.whole and quick(self._layers, grads):
+            return
         parts = slices(self._spec.numel, self._scores.device)
         total = sum(float(self._layers.incoming(grads, part, self._work).sum()) for part in parts)
         if not isfinite(total) and (name := self._layers.bad(grads)) is not None:
@@ -246,13 +267,20 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
     def _write_mask(self) -> None:
         self._layers.write(self._masks(self._step_key()))
 
-    def _masks(self, key: Key) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the mask and their values; a whole one at filter granularity, where filters are few."""
+    def _masks(self, key: Key, learners: Iterator[None] | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the mask and their values, each after its learner, while its scores are in the cache.
+
+        At filter granularity it is one slice after all learners: filters are few, and `_work` holds all of them.
+        """
         n = len(self._work)
+        if self._room is None and self._scores.device.type == "cpu":
+            self._room = Room(slice_length(n, self._scores.device))
         for start in range(0, self._spec.numel, n):
             part = slice(start, min(start + n, self._spec.numel))
-            values = self._work[: part.stop - start]
-            self._rule.write_(self._scores[part], key, values, start)
+            if learners is not None:
+                deque(learners, 0) if self._layers.whole else next(learners)
+            values = self._work[: part.stop - part.start]
+            self._rule.write_(self._scores[part], key, values, start, self._room)
             yield part, values
 
     def state_dict(self) -> dict[str, Any]:
@@ -294,7 +322,16 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         """Names of the vectors (d,) that the update carries from step to step."""
 
     @abstractmethod
-    def _update(
-        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
-    ) -> None:
-        """Update one slice of scores in place from the gradient dL/ds in `g`."""
+    def _rates(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Numbers of this update, each rounded to float32."""
+
+    @abstractmethod
+    def _update(self, s: Any, g: Any, moments: list[Any], scratch: Any, rates: tuple[float, ...]) -> None:
+        """Update one slice of scores in place from the gradient dL/ds in `g`; numpy on a CPU, else torch."""
+
+
+def _clip(s: Any, bound: float) -> None:
+    if isinstance(s, Tensor):
+        s.clamp_(-bound, bound)
+    else:
+        np.clip(s, np.float32(-bound), np.float32(bound), out=s)

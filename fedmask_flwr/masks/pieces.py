@@ -5,13 +5,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from math import prod
+from math import isfinite, nan, prod
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
 from .spec import MaskSpec
+
+LARGEST = torch.finfo(torch.float32).max
 
 
 @final
@@ -27,13 +29,15 @@ class Layers:
     """
 
     def __init__(self, spec: MaskSpec, params: Sequence[nn.Parameter], frozen: Tensor) -> None:
-        self._spec, self._whole = spec, spec.granularity == "filter"
+        self._spec, self.whole = spec, spec.granularity == "filter"
+        self.on_cpu = frozen.device.type == "cpu"
         self._params, self._frozen = list(params), list(spec.split_weights(frozen).values())
+        self._peaks: list[float] | None = None
         self._starts = [0, *accumulate(prod(shape) for shape in spec.shapes)]
 
     def room(self, n: int) -> int:
         """Number of values that the work vector of the two methods below needs for slices of ``n``."""
-        return self._spec.numel if self._whole else n
+        return self._spec.numel if self.whole else n
 
     def gradients(self) -> list[Tensor | None]:
         """dL/d(w*m) of each layer, None where there is none."""
@@ -42,7 +46,7 @@ class Layers:
 
     def incoming(self, grads: Sequence[Tensor | None], part: slice, work: Tensor) -> Tensor:
         """Slice of dL/dm = G*w, summed over a filter's weights; valid until ``work`` is used again."""
-        if self._whole:
+        if self.whole:
             for w, grad, g in zip(self._frozen, grads, self._spec.split(work).values(), strict=True):
                 if grad is None:
                     g.zero_()
@@ -52,21 +56,33 @@ class Layers:
         for layer, here, there in self._pieces(part):
             grad, g = grads[layer], work[there]
             if grad is None:
-                g.zero_()
+                torch.mul(self._frozen[layer].view(-1)[here], 0.0, out=g)
             else:
-                torch.mul(grad.reshape(-1)[here], self._frozen[layer].view(-1)[here], out=g)
+                torch.mul(grad.reshape(-1)[here].float(), self._frozen[layer].view(-1)[here], out=g)
         return work[: part.stop - part.start]
+
+    def each(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[int, nn.Parameter, Tensor, Tensor]]:
+        """First position in the mask, parameter, flat w and flat G of each layer, both float32; zeros for no G."""
+        for start, p, w, grad in zip(self._starts, self._params, self._frozen, grads, strict=False):
+            flat = w.view(-1)
+            yield start, p, flat, torch.zeros_like(flat) if grad is None else grad.reshape(-1).float()
+
+    def peaks(self) -> list[float]:
+        """Largest magnitude of w of each layer; w is frozen, so they are looked for once."""
+        if self._peaks is None:
+            self._peaks = [float(w.abs().max()) for w in self._frozen]
+        return self._peaks
 
     def bad(self, grads: Sequence[Tensor | None]) -> str | None:
         """Name of the first layer whose gradient holds NaN or infinity."""
         for name, w, grad in zip(self._spec.names, self._frozen, grads, strict=True):
-            if grad is not None and not bool(torch.isfinite(grad * w).all()):
+            if grad is not None and not bool(torch.isfinite(grad.float() * w).all()):
                 return name
         return None
 
     def write(self, parts: Iterator[tuple[slice, Tensor]]) -> None:
         """Set the parameters to w*m from slices of m in order; at filter granularity there is one slice."""
-        if self._whole:
+        if self.whole:
             for _, values in parts:
                 for p, w, m in zip(self._params, self._frozen, self._spec.split(values).values(), strict=True):
                     torch.mul(w, m, out=p)
@@ -97,3 +113,10 @@ class Layers:
                 return
             a, b = max(start, part.start), min(stop, part.stop)
             yield layer, slice(a - start, b - start), slice(a - part.start, b - part.start)
+
+
+def finite(layers: Layers, grads: Sequence[Tensor | None]) -> bool:
+    """Whether every element of ``G*w`` is sure to be, from the largest of both: one pass over G alone."""
+    ends = [(0.0, 0.0) if g is None else tuple(float(x) for x in g.float().aminmax()) for g in grads]
+    tops = (max(-low, high) if isfinite(low + high) else nan for low, high in ends)
+    return all(g * w <= LARGEST for g, w in zip(tops, layers.peaks(), strict=True))

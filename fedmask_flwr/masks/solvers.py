@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, final
 
-from torch import Tensor, nn
+from torch import nn
 
-from .kernels import adam_, sgd_
+from .kernels import AdamRates, SgdRates, adam_, adam_rates, sgd_, single
 from .optim import MaskOptimizer
 from .spec import MaskSpec
 
@@ -37,11 +37,11 @@ class MaskAdam(MaskOptimizer):
     def _moment_names(self) -> tuple[str, ...]:
         return ("m", "v")
 
-    def _update(
-        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
-    ) -> None:
-        lr, betas, eps = float(group["lr"]), group["betas"], group["eps"]
-        adam_(s, g, moments["m"], moments["v"], scratch, lr=lr, betas=betas, eps=eps, step=self._updates)
+    def _rates(self, group: dict[str, Any]) -> AdamRates:
+        return adam_rates(float(group["lr"]), group["betas"], group["eps"], self._updates)
+
+    def _update(self, s: Any, g: Any, moments: list[Any], scratch: Any, rates: tuple[float, ...]) -> None:
+        adam_(s, g, moments[0], moments[1], scratch, AdamRates(*rates))
 
 
 @final
@@ -65,8 +65,9 @@ class MaskSGD(MaskOptimizer):
     def _moment_names(self) -> tuple[str, ...]:
         return ("velocity",) if self._momentum else ()
 
-    def _update(
-        self, s: Tensor, g: Tensor, moments: dict[str, Tensor], scratch: Tensor, group: dict[str, Any]
-    ) -> None:
+    def _rates(self, group: dict[str, Any]) -> SgdRates:
+        return SgdRates(single(group["momentum"]), single(group["lr"]))
+
+    def _update(self, s: Any, g: Any, moments: list[Any], scratch: Any, rates: tuple[float, ...]) -> None:
         del scratch
-        sgd_(s, g, moments.get("velocity"), lr=float(group["lr"]), momentum=group["momentum"])
+        sgd_(s, g, moments[0] if moments else None, SgdRates(*rates))

@@ -39,7 +39,6 @@ def test_sampling_equals_its_definition(scores, seed):
 
 
 def test_the_accelerators_sampler_agrees():
-    # theta may differ in its last place, which moves a bit with probability 2**-23 or so.
     s = torch.linspace(-16, 16, CHUNK + 7)
     a, b = torch.empty_like(s), torch.empty_like(s)
     sample_(s, derive(3), a)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedmask_flwr.masks import MaskAdam, MaskSpec, derive, words, words_torch
+from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec, derive, words, words_torch
 from fedmask_flwr.masks.kernels import probabilities, sample_
 
 pytestmark = [
@@ -20,13 +20,34 @@ def test_words_are_those_of_the_cpu():
 
 
 def test_masks_are_those_of_the_cpu():
-    # theta may differ in its last place, so a bit may differ with probability 2**-23 or so.
     s = torch.linspace(-9, 9, 100_001)
     here, there = torch.empty_like(s), torch.empty(s.shape, device="cuda")
     sample_(s, derive(1), here)
     sample_(s.cuda(), derive(1), there)
     assert torch.equal(here, there.cpu())
-    assert torch.allclose(probabilities(s.cuda()).cpu(), probabilities(s), rtol=1e-6, atol=1e-9)
+    assert torch.equal(probabilities(s.cuda()).cpu(), probabilities(s))
+
+
+@pytest.mark.parametrize("make", [MaskAdam, MaskSGD])
+@pytest.mark.parametrize("ste", ["identity", "p"])
+def test_given_gradients_leave_the_bits_that_they_leave_on_the_cpu(make, ste):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        here = nn.Linear(3000, 1700)
+    there = nn.Linear(3000, 1700)
+    there.load_state_dict(here.state_dict())
+    pairs = [(m, make(m, lr=0.3, key=1, ste=ste, sparsity=2.0)) for m in (here, there.cuda())]
+    rng = torch.Generator().manual_seed(1)
+    for _ in range(4):
+        size = 10 ** (6 * torch.rand(here.weight.shape, generator=rng) - 4)
+        grad = size * torch.randn(here.weight.shape, generator=rng)
+        for model, optimiser in pairs:
+            model.weight.grad = grad.to(model.weight.device)
+            optimiser.step()
+    states = [optimiser.state_dict() for _, optimiser in pairs]
+    for a, b in zip(*([s["scores"], *s["moments"].values()] for s in states), strict=True):
+        assert torch.equal(a.view(torch.int32), b.cpu().view(torch.int32))
+    assert torch.equal(here.weight, there.weight.cpu())
 
 
 @pytest.mark.parametrize("granularity", ["weight", "filter"])

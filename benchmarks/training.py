@@ -1,0 +1,209 @@
+"""What training a mask costs over dense training of the same model: time and memory, one thread.
+
+    python benchmarks/training.py [--quick] [--model mlp ...] [--out benchmarks/results/training.json]
+
+Time is processor time of whole steps (zero the gradients, forward, backward, update). Each repetition takes one
+step of every variant in turn, and a ratio is the median over repetitions of variant over dense of the same
+repetition, so that what else the machine does falls out. "compiled" is this package with numba, "numpy" with
+FEDMASK_JIT=0, "naive" the straight-through estimator as it is usually written.
+
+Memory is the peak of the loop over what the process held before it built the model, each in a fresh process that
+has warmed up on a tiny model: numba's own memory, which does not grow with the model, is told apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from fedmask_flwr import jit
+from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec
+from fedmask_flwr.models import conv4, leaf, mlp
+
+RESULTS = Path(__file__).parent / "results/training.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A model, its input, and how much of dense training's time a mask may take."""
+
+    shape: tuple[int, ...]
+    classes: int
+    batch: int
+    reps: int
+    target: float
+
+    def inputs(self):
+        rng = torch.Generator().manual_seed(0)
+        x = torch.randn(self.batch, *self.shape, generator=rng)
+        return x, torch.randint(self.classes, (self.batch,), generator=rng)
+
+
+CASES = {
+    "mlp": Case((784,), 10, 64, 80, 1.15),
+    "leaf": Case((1, 28, 28), 62, 32, 16, 1.12),
+    "conv4": Case((3, 32, 32), 10, 16, 8, 1.06),
+    "mobilenet_v2": Case((3, 64, 64), 10, 16, 6, 1.03),
+}
+MEMORY_TARGET = 1.35
+VARIANTS = ("dense", "compiled", "numpy", "naive")
+OPTIMISERS = {"sgd": (MaskSGD, torch.optim.SGD), "adam": (MaskAdam, torch.optim.Adam)}
+
+
+def network(name, case):
+    torch.manual_seed(0)
+    if name == "mobilenet_v2":
+        from torchvision.models import mobilenet_v2
+
+        return mobilenet_v2(weights=None, num_classes=case.classes)
+    return {"mlp": mlp, "leaf": leaf, "conv4": conv4}[name](case.shape, case.classes)
+
+
+def naive(model, optimiser):
+    """Scores as parameters; sigmoid, Bernoulli and the detach trick in autograd."""
+    spec = MaskSpec.of(model)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    weights = {name: model.get_parameter(name) for name in spec.names}
+    scores = {name: nn.Parameter(torch.zeros_like(w)) for name, w in weights.items()}
+
+    def forward(x):
+        masked = {}
+        for name, s in scores.items():
+            theta = torch.sigmoid(s)
+            masked[name] = weights[name] * (theta + (torch.bernoulli(theta) - theta).detach())
+        return functional_call(model, masked, (x,))
+
+    return forward, optimiser(scores.values(), lr=0.01)
+
+
+def stepper(model, variant, optimiser, x, y):
+    """A function that takes one training step of `model`."""
+    ours, theirs = OPTIMISERS[optimiser]
+    forward = model
+    if variant == "naive":
+        forward, update = naive(model, theirs)
+    elif variant == "dense":
+        update = theirs(model.parameters(), lr=0.01)
+    else:
+        update = ours(model, lr=0.01)
+
+    def step():
+        os.environ["FEDMASK_JIT"] = "0" if variant == "numpy" else "1"
+        update.zero_grad()
+        cross_entropy(forward(x), y).backward()
+        update.step()
+
+    return step
+
+
+def times(name, case, optimiser, variants, reps):
+    """Median milliseconds of each variant, and its ratio to dense."""
+    steps = {v: stepper(network(name, case), v, optimiser, *case.inputs()) for v in variants}
+    for step in steps.values():  # compile, allocate
+        step()
+        step()
+    took = {v: [] for v in variants}
+    for rep in range(reps):
+        order = [variants[(rep + i) % len(variants)] for i in range(len(variants))]
+        for v in order:
+            start = time.process_time()
+            steps[v]()
+            took[v].append(time.process_time() - start)
+    ratio = {v: median(a / b for a, b in zip(took[v], took["dense"], strict=True)) for v in variants}
+    return {v: {"ms": round(1e3 * median(took[v]), 3), "ratio": round(ratio[v], 3)} for v in variants}
+
+
+def status(field):
+    """Kilobytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":"))
+
+
+def peak(name, variant, optimiser):
+    """Bytes that ten steps took at most, and what warming up took; for a process of its own."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    if name == "mobilenet_v2":
+        import torchvision.models  # noqa: F401
+    before = status("VmRSS")
+    tiny = nn.Linear(4, 3)
+    step = stepper(tiny, variant, optimiser, torch.ones(2, 4), torch.zeros(2, dtype=torch.int64))
+    step()
+    x, y = case.inputs()
+    start = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    step = stepper(network(name, case), variant, optimiser, x, y)
+    for _ in range(10):
+        step()
+    return {"extra_mb": round((status("VmHWM") - start) / 1024, 1), "warm_mb": round((start - before) / 1024, 1)}
+
+
+def memory(name, optimiser, variants):
+    """Peak of each variant, each in a process of its own, and its ratio to dense."""
+    found = {}
+    for v in variants:
+        done = subprocess.run(
+            [sys.executable, __file__, "--peak", name, v, optimiser],
+            capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        found[v] = json.loads(done.stdout)
+    return {v: {**r, "ratio": round(r["extra_mb"] / found["dense"]["extra_mb"], 2)} for v, r in found.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the MLP only, few repetitions, no file")
+    parser.add_argument("--model", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.peak:
+        print(json.dumps(peak(*asked.peak)))
+        return
+    torch.set_num_threads(1)
+    variants = [v for v in VARIANTS if v != "compiled" or jit.available()]
+    rows = []
+    print(f"{'':13}{'':5} {'dense ms':>9} " + " ".join(f"{v:>9}" for v in variants[1:]) + "   target   memory")
+    for name in ["mlp"] if asked.quick else asked.model:
+        case = CASES[name]
+        for optimiser in OPTIMISERS:
+            took = times(name, case, optimiser, variants, 15 if asked.quick else case.reps)
+            row = {"model": name, "optimiser": optimiser, "batch": case.batch, "target": case.target, "time": took}
+            row["parameters"] = MaskSpec.of(network(name, case)).numel
+            row["memory"] = memory(name, optimiser, variants)
+            best = row["memory"][variants[1]]
+            print(
+                f"{name:13}{optimiser:5} {took['dense']['ms']:9.2f} "
+                + " ".join(f"{took[v]['ratio']:8.3f}x" for v in variants[1:])
+                + f"  <= {case.target:.2f}   {best['ratio']:.2f}x ({best['extra_mb']} MB, target {MEMORY_TARGET})",
+                flush=True,
+            )
+            rows.append(row)
+    result = {
+        "rows": rows,
+        "memory_target": MEMORY_TARGET,
+        "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
+    }
+    if not asked.quick:
+        if asked.out.exists() and set(asked.model) != set(CASES):
+            kept = json.loads(asked.out.read_text())["rows"]
+            result["rows"] = [r for r in kept if r["model"] not in asked.model] + rows
+        asked.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
