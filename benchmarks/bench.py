@@ -38,9 +38,12 @@ class Part:
 PARTS = {
     "training": Part("training.py"),
     "votes": Part("votes.py"),
-    "codecs": Part("codecs.py"),
+    "codecs": Part(
+        "codecs.py",
+        ("--numel", "86000000", "--density", "0.01", "--codec", "auto", "rice", "entropy", "context"),
+        ("--numel", "200000", "--density", "0.01", "0.2"),
+    ),
     "filters": Part("fuse_query.py"),
-    "server": Part("scale/server.py"),
     "peers": Part("peers/run.py", ("mnist", "--table"), ("digits", "--quick")),
 }
 

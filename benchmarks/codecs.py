@@ -12,13 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from fedmask_flwr import jit
-from fedmask_flwr.wire import Payload, SideInfo, codec_names, pack, pack_bits, popcount, unpack
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from benchmarks.ratios import Ratio, save  # noqa: E402
+from fedmask_flwr import jit  # noqa: E402
+from fedmask_flwr.wire import (  # noqa: E402
+    CODECS,
+    Payload,
+    SideInfo,
+    codec_names,
+    pack,
+    pack_bits,
+    popcount,
+    unpack,
+)
 
 DIGEST = bytes(8)
 
@@ -64,14 +77,29 @@ def measure(numel: int, density: float, name: str, classes: int = 0) -> dict[str
     }
 
 
+def figures(rows: list[dict]) -> list[Ratio]:
+    """How much longer ``auto`` is than the shortest exact codec, and how long it takes a network as large as ViT-B."""
+    out, over = [], []
+    for row in (row for row in rows if row["codec"] == "auto"):
+        same = [r for r in rows if r["density"] == row["density"] and r["codec"] in CODECS]
+        if exact := [r["bpp"] for r in same if CODECS[r["codec"]].lossless]:
+            over.append(row["bpp"] / min(exact))
+        seconds = {way: row[f"{way}_ns"] * row["numel"] / 1e9 for way in ("encode", "decode")}
+        of = f"auto, {row['density']:.0%} of {row['numel']:.1e} bits"
+        limit = 0.5 if (row["numel"], row["density"]) == (86_000_000, 0.01) else None
+        out += [Ratio(f"{of}: seconds to {way}", s, limit, "at most") for way, s in seconds.items()]
+    return [Ratio("auto / the shortest exact codec, bytes", max(over), 1.01, "at most"), *out] if over else out
+
+
 def main() -> None:
-    """Print a table and, as the last line, the same as JSON."""
+    """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--numel", type=int, default=1_000_000)
     parser.add_argument("--density", type=float, nargs="+", default=[0.001, 0.01, 0.05, 0.2, 0.5])
     parser.add_argument("--codec", nargs="+", default=codec_names("bits"), choices=codec_names("bits"))
     parser.add_argument("--classes", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where to add the rows as JSON")
+    parser.add_argument("--ratios", type=Path, help="JSON of the figures, for benchmarks/bench.py")
     args = parser.parse_args()
     rows = [measure(args.numel, p, name, args.classes) for p in args.density for name in args.codec]
     print(f"{'p':>6} {'codec':13} {'bpp':>8} {'H(p)':>8} {'/ H':>6} {'wrong bits':>10} {'enc ns':>8} {'dec ns':>8}")
@@ -80,7 +108,8 @@ def main() -> None:
             f"{r['density']:6} {r['codec']:13} {r['bpp']:8.4f} {r['entropy_bpp']:8.4f} {r['over_entropy']:6.3f} "
             f"{r['wrong_bits']:10} {r['encode_ns']:8.2f} {r['decode_ns']:8.2f}"
         )
-    print(json.dumps(rows))
+    if args.ratios:
+        save(args.ratios, figures(rows))
     if args.out:
         kept = json.loads(args.out.read_text()) if args.out.exists() else []
         args.out.write_text(json.dumps(kept + rows, indent=1) + "\n")

@@ -10,13 +10,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from fedmask_flwr import jit
-from fedmask_flwr.wire import CODECS, SideInfo, from_positions, fuse
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from benchmarks.ratios import Ratio, save  # noqa: E402
+from fedmask_flwr import jit  # noqa: E402
+from fedmask_flwr.wire import CODECS, SideInfo, from_positions, fuse  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results/fuse_query.json"
 CASES = ((10_000_000, 0.001), (10_000_000, 0.01), (10_000_000, 0.05), (10_000_000, 0.2), (86_000_000, 0.2))
@@ -87,6 +91,7 @@ def main() -> None:
     parser.add_argument("--subset", type=int, default=200_000)
     parser.add_argument("--quick", action="store_true", help="2 million positions, no file")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ratios", type=Path, help="JSON of the figures, for benchmarks/bench.py")
     args = parser.parse_args()
     if args.quick:
         args.numel, args.density, args.subset = 2_000_000, [0.01, 0.2], 20_000
@@ -98,6 +103,17 @@ def main() -> None:
             f"d={r['numel']:<10} p={r['density']:<7} {r['filters']:9} {r['ours_ns']:6.1f} {r['numpy_ns']:6.1f} "
             f"{r['public_api_ns']:11.0f} {r['cffi_loop_ns']:10.0f} {r['api_over_ours']:9.1f} "
             f"{r['cffi_over_ours']:10.1f}"
+        )
+    if args.ratios:
+        slowest = max(r["ours_ns"] for r in rows)
+        least = min(r["api_over_ours"] for r in rows)
+        name = "filter query, any density"
+        save(
+            args.ratios,
+            [
+                Ratio(f"{name}: ns a position", slowest, 10.0, "at most"),
+                Ratio(f"{name}: pyfusefilter's API / ours", least, 20.0),
+            ],
         )
     if not args.numel:
         args.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -28,9 +28,12 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
-from fedmask_flwr import jit
-from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec
-from fedmask_flwr.models import conv4, leaf, mlp
+sys.path[:0] = [str(Path(__file__).parents[1])]
+
+from benchmarks.ratios import Ratio, save  # noqa: E402
+from fedmask_flwr import jit  # noqa: E402
+from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec  # noqa: E402
+from fedmask_flwr.models import conv4, leaf, mlp  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results/training.json"
 
@@ -163,11 +166,24 @@ def memory(name, optimiser, variants):
     return {v: {**r, "ratio": round(r["extra_mb"] / found["dense"]["extra_mb"], 2)} for v, r in found.items()}
 
 
+def figures(rows):
+    """Time and memory of the fastest variant that is ours, over dense training."""
+    out = []
+    for r in rows:
+        ours, of = next(v for v in ("compiled", "numpy") if v in r["time"]), f"{r['model']}, {r['optimiser']}"
+        out.append(Ratio(f"training {of}: time over dense", r["time"][ours]["ratio"], r["target"], "at most"))
+        if "memory" in r:
+            peak = r["memory"][ours]["ratio"]
+            out.append(Ratio(f"training {of}: peak memory over dense", peak, MEMORY_TARGET, "at most"))
+    return out
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the MLP only, few repetitions, no file")
+    parser.add_argument("--quick", action="store_true", help="the MLP's time only, few repetitions, no file")
     parser.add_argument("--model", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--ratios", type=Path, help="JSON of the figures, for benchmarks/bench.py")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
@@ -183,15 +199,20 @@ def main():
             took = times(name, case, optimiser, variants, 15 if asked.quick else case.reps)
             row = {"model": name, "optimiser": optimiser, "batch": case.batch, "target": case.target, "time": took}
             row["parameters"] = MaskSpec.of(network(name, case)).numel
-            row["memory"] = memory(name, optimiser, variants)
-            best = row["memory"][variants[1]]
+            told = ""
+            if not asked.quick:
+                row["memory"] = memory(name, optimiser, variants)
+                best = row["memory"][variants[1]]
+                told = f"{best['ratio']:.2f}x ({best['extra_mb']} MB, target {MEMORY_TARGET})"
             print(
                 f"{name:13}{optimiser:5} {took['dense']['ms']:9.2f} "
                 + " ".join(f"{took[v]['ratio']:8.3f}x" for v in variants[1:])
-                + f"  <= {case.target:.2f}   {best['ratio']:.2f}x ({best['extra_mb']} MB, target {MEMORY_TARGET})",
+                + f"  <= {case.target:.2f}   {told}",
                 flush=True,
             )
             rows.append(row)
+    if asked.ratios:
+        save(asked.ratios, figures(rows))
     result = {
         "rows": rows,
         "memory_target": MEMORY_TARGET,

@@ -1,21 +1,22 @@
 """A round behind a slow uplink: dense FedAvg against masks, the same network, on containers with shaped links.
 
-    python benchmarks/uplink.py [--up 1] [--down 4] [--rounds 4] [--out benchmarks/results/uplink.json]
+    python benchmarks/uplink.py [--methods fedavg "deltamask downlink=relay"] [--up 1] [--down 4] [--rounds 4]
+        [--out benchmarks/results/uplink.json]
 
 Three nodes of docker/compose.yaml, each with a link of its own: ``tc tbf`` on both ends of its interface. Needs
 root and a container engine. Conv-6 on images as large as CIFAR-10's, few of them and one epoch: the link is what is
 measured. Bytes are those of the packets; a round's parts are the gRPC calls in them, seen at the SuperLink:
 
 =======  ==========================================================================================
-wait     the round began -> the node asks for messages and is given one (it asks every 3 s)
+wait     the round began -> the node asks for messages and is given one
 down     -> the node has confirmed that it has the whole message
 client   -> the node announces its reply: start of the client process, training, coding
 up       -> the whole reply is there
-server   -> the round is complete: the ServerApp asks every 3 s, adds up, evaluates, saves
+server   -> the round is complete: the other nodes' replies, the ServerApp looks, adds up, saves
 =======  ==========================================================================================
 
-"cpu" is what a node's container computed meanwhile: with a core of its own, a device's "client" is that and
-Flower's looks for work; on a busy machine it is longer.
+The server evaluates a round while the next one is under way. "cpu" is what a node's container computed meanwhile:
+with a core of its own, a device's "client" is that and Flower's looks for work; on a busy machine it is longer.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -93,19 +94,17 @@ def addresses(stack):
 
 def run(stack, name, rounds, **config):
     """Train; when each round began and ended (clock time), its line of metrics with a node's CPU seconds."""
-    marks, used = [], []
     nodes = [pid(stack.container(node)) for node in NODES]
     runner = stack.start(name, num_server_rounds=rounds, round_timeout=1800.0, **config)
-    for number in range(1, rounds + 1):
-        looks = 0
-        while len(stack.lines(name)) < number:
-            looks += 1
-            if looks % 100 == 0:
-                assert stacks.docker("inspect", "-f", "{{.State.Running}}", runner) == "true", stack.logs()
-            time.sleep(0.1)
-        marks.append((stack.folder / name / "metrics.jsonl").stat().st_mtime)  # the line came then
-        used.append(mean(computed(node) for node in nodes))
-    lines = stack.finished(runner)
+    used = {}
+
+    def note(number):
+        if number not in used:
+            assert stacks.docker("inspect", "-f", "{{.State.Running}}", runner) == "true", stack.logs()
+            used[number] = mean(computed(node) for node in nodes)
+
+    marks = stack.ends(name, rounds, note)
+    lines, used = stack.finished(runner), [used[number] for number in range(1, rounds + 1)]
     assert all(line["clients_ok"] == len(NODES) for line in lines), lines
     # The first round waits for nodes, carries the app, and dense weights do not go down in it.
     for line, (before, after) in zip(lines[1:], pairwise(used), strict=True):
@@ -171,7 +170,7 @@ def table(rows):
 
 def main():
     parser = argparse.ArgumentParser()
-    parser.add_argument("--methods", nargs="+", default=[DENSE, "deltamask", "fedpm"])
+    parser.add_argument("--methods", nargs="+", default=[DENSE, "deltamask", "deltamask downlink=relay", "fedpm"])
     parser.add_argument("--up", type=float, default=1.0, help="Mbit/s")
     parser.add_argument("--down", type=float, default=4.0, help="Mbit/s")
     parser.add_argument("--rounds", type=int, default=6, help="dense FedAvg: half of them, at least 3")
@@ -198,14 +197,16 @@ def main():
             node_of, taken = addresses(stack), {}
             for method in asked.methods:
                 count = max(asked.rounds // 2, 3) if method == DENSE else asked.rounds
+                name, *settings = method.split()
                 told = {
-                    "method": method,
+                    "method": name,
                     "model": asked.model,
                     "data": "npz",
                     "data_dir": "/data",
                     "local_epochs": 1,
+                    **dict(setting.split("=") for setting in settings),
                 }
-                taken[method] = run(stack, method, count, **told)
+                taken[method] = run(stack, re.sub("[ =]", "-", method), count, **told)
                 loads.append(round(os.getloadavg()[1], 1))
             said = "import json, flwr, torch; print(json.dumps([flwr.__version__, torch.__version__]))"
             versions = json.loads(stacks.docker("exec", stack.container("node0"), "python", "-c", said))
