@@ -78,7 +78,7 @@ def measure(numel: int, density: float, name: str, classes: int = 0) -> dict[str
 
 
 def figures(rows: list[dict]) -> list[Ratio]:
-    """How much longer ``auto`` is than the shortest exact codec, and how long it takes a network as large as ViT-B."""
+    """How much longer ``auto`` is than the shortest exact codec, and its seconds."""
     out, over = [], []
     for row in (row for row in rows if row["codec"] == "auto"):
         same = [r for r in rows if r["density"] == row["density"] and r["codec"] in CODECS]
