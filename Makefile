@@ -11,7 +11,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A test module stays in one process: its fixtures are whole runs.
 PARALLEL ?= -n 2 --dist loadscope
 
-.PHONY: help install demo test slow docker arm64 check flwr141 fab bench curves constraints clean
+.PHONY: help install demo test slow image compose docker arm64 check flwr141 fab bench sizes curves constraints clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -41,6 +41,17 @@ test: install ## the default tests, under ten minutes
 slow: install ## the slow tests, without those on containers; two simulations at a time
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not docker"
 
+# The stand-in base image of the test bed, where that is; a BASE_IMAGE of one's own goes first.
+TESTBED := ../shared/testbed/engine.sh
+image: ## the image that the tests on containers use
+	set -e; if [ -z "$${BASE_IMAGE:-}" ] && [ -f $(TESTBED) ]; then \
+	  export BASE_IMAGE=ci/python-torch:3.11 PIP_EXTRA_INDEX_URL=; \
+	  docker image inspect $$BASE_IMAGE >/dev/null 2>&1 || bash $(TESTBED) base; \
+	fi; FEDMASK_IMAGE=$${FEDMASK_TEST_IMAGE:-fedmask-test} docker compose -f docker/compose.yaml build superlink
+
+compose: install ## some of the tests on containers, five minutes: those that CI runs
+	$(BIN)/python -m pytest -m compose_smoke --durations=10 tests/docker
+
 docker: install ## the tests on containers; they start an engine where there is none
 	$(BIN)/python -m pytest -m "docker and not arm64"
 
@@ -60,9 +71,10 @@ flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
 fab: install ## build the Flower App Bundle into dist/
 	mkdir -p dist && cd dist && $(CURDIR)/$(BIN)/flwr build --app $(CURDIR)
 
-bench: install ## codec sizes and times, model sizes and votes against their limits and peers
-	$(BIN)/python benchmarks/codecs.py
-	$(BIN)/python benchmarks/fuse_query.py
+bench: install ## every promised ratio: training, votes, codecs, filters, peers; BENCH=--quick is what CI runs
+	$(BIN)/python benchmarks/bench.py $(BENCH)
+
+sizes: install ## model sizes and votes of filters against the papers' figures
 	$(BIN)/python benchmarks/fedmask_memory.py
 	$(BIN)/python benchmarks/mpfl_bytes.py
 

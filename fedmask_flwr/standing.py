@@ -20,6 +20,7 @@ State = Literal["waiting", "running", "finished", "stalled", "stopped", "failed"
 INDEX = "runs.json"
 WELL = frozenset({"waiting", "running", "finished"})
 PATIENCE = 120.0  # seconds without a round before a run may be called stalled; or 5 median rounds
+REASON = 500  # characters of why a run was given up
 RECENT = 20  # rounds that the pace is taken from
 _TOLD = ("method", "data", "scenario", "model", "weights", "partition", "seed", "clients")
 _WAYS = ("uplink_bytes", "downlink_bytes", "evaluate_bytes", "flower_uplink_bytes", "flower_downlink_bytes")
@@ -132,6 +133,8 @@ def _state(
     gone = held is False and (age > patience or locks.sees_all())
     if done and (folder / track.MASK).exists():
         return "finished", ""
+    if held is not True and (failed := _failure(folder / track.FAILED)):
+        return "failed", failed
     if gone or (done and held is None and age > patience):
         why = f"every round is there, {track.MASK} is not" if done else "no server holds the folder"
         return "stopped", f"{why}: see the server's log, free the disk, then {again}"
@@ -165,6 +168,14 @@ def _age(path: Path, now: float) -> float:
         return max(0.0, now - path.stat().st_mtime)  # a clock that was set back
     except OSError:
         return 0.0
+
+
+def _failure(path: Path) -> str:
+    """Why the server gave up, "" when it did not."""
+    try:
+        return " ".join(path.read_text("utf-8", "replace").split())[:REASON]
+    except OSError:
+        return ""
 
 
 def _checkpoint(path: Path) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import logging
@@ -17,6 +18,7 @@ S = TypeVar("S")
 
 CONFIG, METRICS, CHECKPOINT = "config.json", "metrics.jsonl", "checkpoint.safetensors"
 MASK, CURVE, LOCK, TOKEN = "mask.fedmask", "curve.png", ".lock", ".run"
+FAILED = "failed.txt"  # why the server gave the run up; a new start removes it
 log = logging.getLogger(__name__)
 _TIMEOUTS = ("node-timeout", "round-timeout", "max-silent-rounds")
 _OPERATIONS = ("metrics-port", "metrics-address", "log-format")
@@ -61,6 +63,12 @@ class RunDir:
                 self._lock.close()
                 raise
         write_atomic(written, (json.dumps(told, indent=2, sort_keys=True) + "\n").encode())
+        (path / FAILED).unlink(missing_ok=True)
+
+    def fail(self, reason: str) -> None:
+        """Note why the run is given up, for whoever looks at the folder."""
+        with contextlib.suppress(OSError):  # a full disk may be why
+            write_atomic(self.path / FAILED, f"{reason}\n".encode())
 
     def token(self) -> str:
         """16 hex digits drawn when the run first starts, the same whenever it is resumed."""

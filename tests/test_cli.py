@@ -160,6 +160,19 @@ def unfinished(out, rounds=20):
     (out / "metrics.jsonl").write_text(json.dumps(LINE) + "\n")
 
 
+def test_a_disk_that_is_full_at_the_end_is_a_failure(tmp_path, calls, monkeypatch):
+    simulate = launch.simulate
+
+    def without_room(*args, out, **kwargs):
+        simulate(*args, out=out, **kwargs)
+        (out / "mask.fedmask").unlink()
+
+    monkeypatch.setattr(launch, "simulate", without_room)
+    result = fedmask("run", "--out", tmp_path / "a")
+    assert result.exit_code == 1
+    assert "mask.fedmask was not saved: free the disk" in said(result)
+
+
 def test_an_unfinished_run_is_resumed(tmp_path, calls):
     unfinished(tmp_path / "a")
     done = fedmask("run", "--out", tmp_path / "a")

@@ -97,6 +97,18 @@ def test_states(tmp_path, held, rounds, mask, holds, age, state, words):
     assert (got.left is not None) == (state == "running")
 
 
+def test_a_run_that_was_given_up(tmp_path, held):
+    """Its server said why before it ended; while another holds the folder, that is history."""
+    folder = make(tmp_path / "a")
+    (folder / "failed.txt").write_text("SilenceError: no client gave\na usable reply in 3 rounds")
+    assert stand(folder, now=NOW).state == "running"
+    for held["held"] in (False, None):
+        got = stand(folder, now=NOW)
+        assert (got.state, got.reason) == ("failed", "SilenceError: no client gave a usable reply in 3 rounds")
+    (folder / "metrics.jsonl").unlink()
+    assert stand(folder, now=NOW).state == "failed"
+
+
 def test_from_inside_a_container_a_fresh_round_counts(tmp_path, held, monkeypatch):
     """Another container's lock is not seen: only time tells that it is gone."""
     monkeypatch.setattr(locks, "sees_all", lambda: False)

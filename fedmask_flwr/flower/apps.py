@@ -90,6 +90,9 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             test = data.load(config.data, "test", config.data_dir)
             measure = measuring(strategy, model, test, device, config.eval_samples)
         strategy.start(grid, num_rounds=config.num_server_rounds, timeout=config.round_timeout, evaluate_fn=measure)
+    except Exception as error:
+        run_dir.fail(f"{type(error).__name__}: {error}")
+        raise
     finally:
         if exporter is not None:
             exporter.close()
@@ -134,9 +137,10 @@ def evaluate_modes(
         return {}
     loss: dict[str, float] = {}
     accuracy: dict[str, float] = {}
+    heard = strategy.read(arrays)
     for mode in modes:
         draws = range(samples if mode == "sampled" else 1)
-        pairs = [evaluate(strategy.load(model, arrays, mode, draw), x, y, losses) for draw in draws]
+        pairs = [evaluate(strategy.install(heard, model, mode, draw), x, y, losses) for draw in draws]
         loss[mode] = sum(value for value, _ in pairs) / len(pairs)
         if judged := [right for _, right in pairs if right is not None]:
             accuracy[mode] = sum(judged) / len(judged)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import final
 
 from flwr.app import Message
@@ -11,7 +11,7 @@ from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
-SOON, SHARE, LATEST = 0.1, 0.1, 3.0  # seconds; share of the time waited so far; seconds
+SOON, SHARE, LATEST = 0.1, 0.04, 3.0  # seconds; share of the time waited so far; seconds
 
 
 def prompt(grid: Grid) -> Grid:
@@ -21,12 +21,28 @@ def prompt(grid: Grid) -> Grid:
     return PromptGrid(grid) if isinstance(grid, HttpGrid) else grid
 
 
+def meanwhile(grid: Grid, work: Callable[[], None]) -> None:
+    """Do some work: at once, or, where devices are elsewhere, as soon as the next messages are on their way."""
+    if isinstance(grid, PromptGrid):
+        grid.meanwhile(work)
+    else:
+        work()
+
+
 @final
 class PromptGrid(Grid):
-    """Another grid, but for how long it sleeps between looks: a tenth of the time waited, 0.1 to 3 s."""
+    """Another grid, but for how long it sleeps between looks: a 25th of the time waited, 0.1 to 3 s.
+
+    What it was given with `meanwhile` is done between sending and the first look.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
+        self._work: list[Callable[[], None]] = []
+
+    def meanwhile(self, work: Callable[[], None]) -> None:
+        """Do ``work`` once the next messages are sent; an error of it ends the `send_and_receive` it is done in."""
+        self._work.append(work)
 
     def set_run(self, run: Run) -> None:
         """As the other grid."""
@@ -64,6 +80,8 @@ class PromptGrid(Grid):
         open_ = set(self._grid.push_messages(messages))
         del messages  # the caller may have handed them over: their frames are not needed any more
         began, replies = time.monotonic(), list[Message]()
+        while self._work:
+            self._work.pop(0)()
         while open_:
             found = list(self._grid.pull_messages(open_))
             replies += found

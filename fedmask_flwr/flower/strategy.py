@@ -15,7 +15,6 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Known, Turn, Update, View, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
@@ -23,6 +22,7 @@ from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
 
+from .journal import Journal
 from .ledger import (
     Ledger,
     answers,
@@ -36,13 +36,14 @@ from .ledger import (
     weighted_means,
 )
 from .patience import Patience
-from .prompt import prompt
+from .prompt import meanwhile, prompt
 from .records import frame_array, frame_of, frame_record, plan_record, read_broadcast
 from .roster import Roster
 
 INFO, ERROR = 20, 40
 SHARED = 8  # broadcasts that are kept coded while messages are written
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
+Heard = tuple[int, Payload]  # the round and what it broadcast
 
 
 class MaskStrategy(Strategy):
@@ -131,12 +132,14 @@ class MaskStrategy(Strategy):
         self.fraction_evaluate = fraction_evaluate or (0.0 if self.method.modes else 1.0)
         self.evaluate_every = evaluate_every
         self.max_silent_rounds = max_silent_rounds
-        self.run_dir, self._on_round = run_dir, on_round
+        self.run_dir = run_dir
+        self._journal = Journal(run_dir, self.digest, on_round)
         self.state = self.method.init()
         self.ledger = Ledger()
         self._sent: list[Message] = []
         self._silent = 0
         self._asked: list[Message] = []
+        self._coded: tuple[Any, bytes] = None, b""  # the state that was broadcast last, and its frame
         self._frozen = frozen_weights(model, self.spec)
 
     # What the state looks like from outside
@@ -162,12 +165,21 @@ class MaskStrategy(Strategy):
                 f"method {self.plan.method} has no network that the server could evaluate: let devices do it, with "
                 "fraction_evaluate above 0"
             )
-        mode = mode if mode in self.method.modes else self.method.modes[0]
+        return self.install(self.read(arrays), model, mode, sample)
+
+    def read(self, arrays: ArrayRecord) -> Heard:
+        """Decode ``arrays`` once, to `install` several networks from."""
         frame = frame_of(arrays)
         got = read_broadcast(frame, self.method, {}, digest=self.digest, round_=None)
+        return Frame.parse(frame).round_, got
+
+    def install(self, heard: Heard, model: nn.Module, mode: Mode = "threshold", sample: int = 0) -> nn.Module:
+        """`load`, of what was `read`."""
+        server_round, got = heard
+        mode = mode if mode in self.method.modes else self.method.modes[0]
         if self.plan.weights != AS_BUILT:
             initialise(model, self.plan.weights)
-        key = derive(self.plan.seed, "evaluate", Frame.parse(frame).round_, "server", sample)
+        key = derive(self.plan.seed, "evaluate", server_round, "server", sample)
         self.method.install(got, model, self._frozen.to(next(model.parameters()).device), View(mode, key))
         return model
 
@@ -238,6 +250,7 @@ class MaskStrategy(Strategy):
         self.ledger.evaluated = len(metrics)
         if not metrics:
             return None
+        metrics.sort(key=lambda found: (found[0], *sorted(found[1].items())))  # no matter who was first
         return MetricRecord({**weighted_means(metrics), **spread(metrics, "accuracy")})
 
     def start(
@@ -252,6 +265,9 @@ class MaskStrategy(Strategy):
     ) -> Result:
         """Run the rounds, as Flower's own strategies do, from the last checkpointed one.
 
+        Over a network, a round is evaluated while devices train the next one: ``evaluate_fn`` is given its arrays,
+        the strategy itself is a round ahead.
+
         Raises
         ------
         TimeoutError
@@ -262,7 +278,9 @@ class MaskStrategy(Strategy):
         """
         grid = prompt(grid)
         self.plan = replace(self.plan, rounds=num_rounds)
-        first = (kept := self._resume()) + 1
+        state, kept, unfinished = self._journal.resume(self.method.State)
+        self.state = self.state if state is None else state
+        first = kept + 1
         patience = Patience(min(self.max_silent_rounds, num_rounds), kept=kept)
         log(INFO, "Starting %s strategy at round %d of %d:", type(self).__name__, first, num_rounds)
         self.summary()
@@ -271,6 +289,8 @@ class MaskStrategy(Strategy):
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if evaluate_fn and first == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
+        if unfinished is not None:
+            self._close(unfinished, self.state, arrays, evaluate_fn, result)
         replies = partial(grid.send_and_receive, timeout=timeout)
         for current in range(first, num_rounds + 1):
             began = time.monotonic()
@@ -290,14 +310,17 @@ class MaskStrategy(Strategy):
                 if answered is not None:
                     result.evaluate_metrics_clientapp[current] = answered
                     line |= {f"client_{name}": value for name, value in answered.items()}
-            if evaluate_fn and (measured := evaluate_fn(current, arrays)) is not None:
-                result.evaluate_metrics_serverapp[current] = measured
-                line |= dict(measured)
-            line |= self.method.figures(self.state)
             line["seconds"] = round(time.monotonic() - began, 3)
             patience.look(current, self.ledger)
+            last = patience.over or current == num_rounds
             # A silent round is not checkpointed: whoever starts the run again gets it again.
-            self._complete(line, save=not patience.silent or (current == num_rounds and not patience.over))
+            if not patience.silent or (last and not patience.over):
+                self._journal.keep(self.state, line)
+            close = partial(self._close, line, self.state, arrays, evaluate_fn, result)
+            if last:
+                close()
+            else:
+                meanwhile(grid, close)
             if patience.over:
                 raise patience.error()
         if self.run_dir is not None:
@@ -314,6 +337,7 @@ class MaskStrategy(Strategy):
 
     def _arrays(self, server_round: int) -> ArrayRecord:
         frame = self._pack(self.method.broadcast(self.state), server_round, self.method.heard({}))
+        self._coded = self.state, frame
         return frame_record(frame, self.method.numel)
 
     def _turn(self, server_round: int) -> Turn:
@@ -348,8 +372,12 @@ class MaskStrategy(Strategy):
             if self.method.personal or payload is None:
                 payload = say(client)
             if id(payload) not in frames:
-                shared = self.method.recall(self.state, client)
-                packed = self._pack(payload, server_round, self.method.heard(shared))
+                state, coded = self._coded
+                if state is self.state and kind == "train" and not self.method.personal:
+                    packed = replace(Frame.parse(coded), round_=server_round).to_bytes()  # only the number is new
+                else:
+                    shared = self.method.recall(self.state, client)
+                    packed = self._pack(payload, server_round, self.method.heard(shared))
                 if len(frames) == SHARED:
                     frames.pop(next(iter(frames)))
                 frames[id(payload)] = payload, frame_array(packed, self.method.numel)
@@ -359,32 +387,17 @@ class MaskStrategy(Strategy):
             messages.append(Message(content, node, kind))
         return messages
 
-    def _resume(self) -> int:
-        if self.run_dir is None:
-            return 0
-        found: tuple[Any, dict[str, Any]] | None = self.run_dir.restore(self.method.State)
-        if found is None:
-            return 0
-        state, meta = found
-        if meta["digest"] != self.digest.hex():
-            raise CheckpointError("the checkpoint is of another model: use another folder, or --overwrite")
-        self.state = state
-        log(INFO, "resuming after round %d", meta["round"])
-        return int(meta["round"])
-
-    def _complete(self, line: dict[str, Any], *, save: bool) -> None:
-        shown = ("accuracy_threshold", "uplink_bpp", "downlink_bpp", "clients_ok", "clients_failed", "seconds")
-        log(INFO, "[round %d] %s", line["round"], ", ".join(f"{k} {line[k]:.4g}" for k in shown if k in line))
-        if self._on_round is not None:
-            self._on_round(line)
-        if self.run_dir is None:
-            return
-        try:
-            self.run_dir.record(line)
-            if save:
-                self.run_dir.save(self.state, {"round": line["round"], "digest": self.digest.hex()})
-        except OSError as error:  # a full disk must not cost the round that was just trained
-            log(ERROR, "round %d was not saved (%s): free the disk; training goes on", line["round"], error)
+    def _close(
+        self, line: dict[str, Any], state: Any, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None, result: Result
+    ) -> None:
+        """Complete a round that ended in ``state``."""
+        if evaluate_fn and (measured := evaluate_fn(line["round"], arrays)) is not None:
+            result.evaluate_metrics_serverapp[line["round"]] = measured
+            line |= dict(measured)
+        line |= self.method.figures(state)
+        if "seconds" in line:  # as the line's last
+            line["seconds"] = line.pop("seconds")
+        self._journal.complete(line)
 
 
 def _noting(updates: Iterable[Update], clients: list[int]) -> Iterator[Update]:

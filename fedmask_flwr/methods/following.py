@@ -30,7 +30,17 @@ from fedmask_flwr.wire import Field as Coded
 from .base import Fields, Known, Memory, Training, Turn, Update
 from .beta import BetaConfig, BetaMethod, BetaState
 from .reading import read_reply
-from .trail import Relayed, Trail, counts_bytes, given_bytes, levels, read_rounds, shortened, write_round
+from .trail import (
+    REPLAYS,
+    Relayed,
+    Trail,
+    counts_bytes,
+    given_bytes,
+    levels,
+    read_rounds,
+    shortened,
+    write_round,
+)
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +132,8 @@ class FollowedMethod(BetaMethod, ABC):
             votes.add(update.payload.bits["mask"])
             flips += update.flip_rate
             room -= sum(len(coded.body) for coded in update.fields)
+            if len(replies) >= REPLAYS:
+                room = -1
             replies[update.client] = update.fields if room >= 0 else ()  # nobody would be told more
         if votes.masks == 0:
             return state

@@ -15,7 +15,7 @@ so short that K of them are less than the counts.
 Settings: as FedPM, but Adam's epsilon 1e-4; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the
 divergence asks for (``target-bpp``) shrink the step instead of failing.
 
-Limits: the client hashes N numbers for each weight that changed: without numba seconds a million weights. Blocks are
+Limits: the client hashes N numbers for each weight that changed, without numba seconds a million. Blocks are
 drawn by lot and equally large, which wastes little: a block's divergence hardly differs from another's.
 """
 

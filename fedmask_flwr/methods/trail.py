@@ -25,10 +25,23 @@ import numpy.typing as npt
 from fedmask_flwr.wire import Field, WireError, get_varint, put_varint
 from fedmask_flwr.wire.grouped import joined
 
-__all__ = ["Relayed", "Trail", "counts_bytes", "given_bytes", "levels", "read_rounds", "shortened", "write_round"]
+__all__ = [
+    "REPLAYS",
+    "Relayed",
+    "Trail",
+    "counts_bytes",
+    "given_bytes",
+    "levels",
+    "read_rounds",
+    "shortened",
+    "write_round",
+]
 
 _MOST = 1 << 40  # above any length or number that a relay may name
 _LEVELS = 64
+REPLAYS = 100
+"""Replies that a device may have to decode to follow: some 30 ns a parameter each on a fast core, while the counts
+instead are a third of a byte a parameter. A hundred take as long as those on a link of 1 Mbit/s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,13 +166,23 @@ def _read_round(raw: memoryview, names: Sequence[str]) -> Relayed:
     return Relayed(round_, bool(anew), tuple(replies))
 
 
-def shortened(raw: bytes, most: float) -> tuple[bytes, int]:
-    """Drop the oldest rounds until at most ``most`` bytes are left; those, and the first round not dropped."""
-    oldest = 1
-    while len(raw) > most:
-        length, at = get_varint(raw, 0, len(raw))
-        oldest, raw = get_varint(raw, at, _MOST)[0] + 1, raw[at + length :]
-    return raw, oldest
+def shortened(raw: bytes, most: float, replies: int = REPLAYS) -> tuple[bytes, int]:
+    """Drop the oldest rounds until at most ``most`` bytes and ``replies`` replies are left.
+
+    Returns what is left, and the first round not dropped.
+    """
+    rounds, at = [], 0
+    while at < len(raw):
+        length, start = get_varint(raw, at, len(raw))
+        number, inner = get_varint(raw, start, _MOST)
+        at = start + length
+        rounds.append((number, get_varint(raw, inner + 1, _MOST)[0], at))
+    oldest, begin, held = 1, 0, sum(count for _, count, _ in rounds)
+    for number, count, end in rounds:
+        if len(raw) - begin <= most and held <= replies:
+            break
+        oldest, begin, held = number + 1, end, held - count
+    return raw[begin:], oldest
 
 
 def levels(ones: npt.NDArray[np.uint32], total: int) -> npt.NDArray[np.uint8]:

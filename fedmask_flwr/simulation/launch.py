@@ -28,7 +28,7 @@ from fedmask_flwr.standing import stand
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
 MEMORY = "memory"
-_FILES = (track.CONFIG, track.TOKEN, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, LOG)
+_FILES = (track.CONFIG, track.TOKEN, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, track.FAILED, LOG)
 
 
 class UsageError(ValueError):
@@ -255,6 +255,11 @@ def launch(plan: Plan, console: Console, *, num_clients: int, cpus: int, gpus: f
             on_round=table.add,
             cpus_per_client=cpus,
             gpus_per_client=gpus,
+        )
+    if not (plan.out / track.MASK).exists():
+        raise RunError(
+            f"every round is there, {plan.out / track.MASK} was not saved: free the disk and start the same "
+            "command again"
         )
     say(console, summary(read_metrics(plan.out)), "bold")
     say(console, "files: " + ", ".join(n for n in _FILES if n != track.TOKEN and (plan.out / n).exists()), "dim")

@@ -12,6 +12,7 @@ from importlib import import_module
 from importlib.metadata import distribution
 from pathlib import Path
 
+from .looks import look_sooner
 from .server import Entry, imported, keep, listen
 
 CLIENT, SUPEREXEC, SUPERNODE = "flwr-clientapp", "flower-superexec", "flower-supernode"
@@ -38,6 +39,7 @@ def main() -> None:
     for listener, _ in places.values():
         listener.close()
     sys.argv = [SUPERNODE, *argv]
+    look_sooner()
     run()
     # A signal ends the process before this; Flower itself says no more than "terminated gracefully".
     sys.exit(

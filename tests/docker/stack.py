@@ -91,6 +91,29 @@ class Stack:
     def await_round(self, name, number):
         until(lambda: len(self.lines(name)) >= number, f"round {number} of {name}")
 
+    def checkpointed(self, name):
+        """Number of the last round whose replies were added up, and when that was: its line comes later."""
+        path = self.folder / name / "checkpoint.safetensors"
+        try:
+            with path.open("rb") as file:
+                when = os.fstat(file.fileno()).st_mtime
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except FileNotFoundError:
+            return 0, 0.0
+        return json.loads(header["__metadata__"]["fedmask"])["meta"]["round"], when
+
+    def ends(self, name, rounds, running=None):
+        """When each round ended, clock time; ``running`` is asked now and again."""
+        found, deadline = {}, time.monotonic() + PATIENCE * rounds
+        while rounds not in found:
+            number, when = self.checkpointed(name)
+            found.setdefault(number, when)
+            assert time.monotonic() < deadline, f"{name} does not come to round {rounds}"
+            if running is not None:
+                running(number)
+            time.sleep(0.1)
+        return [found[number] for number in range(1, rounds + 1)]
+
     def log(self, name):
         """What the run's ServerApp said."""
         return self.read(name, "flower.log").decode()

@@ -45,6 +45,7 @@ def figures(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 
+@pytest.mark.compose_smoke
 def test_equals_simulation(stack, simulated):
     """Bit for bit, mask and figures."""
     lines = stack.finished(stack.start("whole", **SETTINGS))
@@ -103,6 +104,7 @@ def test_link_cut_and_healed(stack, tmp_path):
     assert (stack.folder / "cut/mask.fedmask").read_bytes() == reference(tmp_path, **told)[1]
 
 
+@pytest.mark.compose_smoke
 def test_superlink_killed(stack, simulated):
     """Its state is on a volume: the same run goes on, and nothing of it is lost."""
     runner = stack.start("superlink", **SETTINGS)
@@ -114,6 +116,7 @@ def test_superlink_killed(stack, simulated):
     unharmed(stack, "superlink", stack.finished(runner), simulated)
 
 
+@pytest.mark.compose_smoke
 def test_serverapp_killed(stack, simulated):
     """Started again, it goes on after the last whole round."""
     runner = stack.start("serverapp", **SETTINGS)

@@ -9,6 +9,7 @@ from rounds import run, without_clock
 
 from fedmask_flwr.flower.patience import SilenceError
 from fedmask_flwr.simulation import launch
+from fedmask_flwr.standing import stand
 
 pytestmark = pytest.mark.flower
 
@@ -34,6 +35,11 @@ def test_a_run_without_any_reply_fails_with_the_commonest_reason(tmp_path):
     assert said.endswith("begins at round 1")
     assert not (tmp_path / "run/checkpoint.safetensors").exists()
     assert not (tmp_path / "run/mask.fedmask").exists()
+    found = stand(tmp_path / "run")
+    assert (found.state, found.reason) == ("failed", f"SilenceError: {said}")
+    run(tmp_path / "run", 3, num_server_rounds=8)
+    assert stand(tmp_path / "run").state == "finished"
+    assert not (tmp_path / "run/failed.txt").exists()
 
 
 def test_starting_it_again_goes_on_after_the_last_round_with_a_reply(tmp_path):

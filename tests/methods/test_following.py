@@ -13,6 +13,7 @@ from following_fleet import Fleet, kinds, same, some
 from fedmask_flwr.checkpoint import load_state, save_state
 from fedmask_flwr.methods import Training, Turn
 from fedmask_flwr.methods.following import memory_of
+from fedmask_flwr.methods.trail import REPLAYS
 from fedmask_flwr.wire import Counts, Frame, Payload, WireError
 
 METHODS = {
@@ -187,6 +188,20 @@ def test_long_replies_are_not_relayed():
     many = [replace(reply, client=k, fields=reply.fields * 40) for k in range(3)]
     assert server.aggregate(state, many).trail.relay.size == 0
     assert server.aggregate(state, many).trail.since(2) is None
+
+
+def test_many_replies_are_not_relayed():
+    """Every device would decode every other one's: what that costs is bounded, however short they are."""
+    fleet = Fleet("klms", target_bpp=0.2, downlink="relay", reset=4)
+    fleet.play([0, 1, 2])
+    server, state = fleet.server, server_state(fleet)
+    reply = fleet.read(0, fleet.train(0, fleet.hear(0, fleet.frame(0))))
+    for replies, kept in ((REPLAYS, True), (REPLAYS + 1, False)):
+        many = [replace(reply, client=k, fields=reply.fields[:1]) for k in range(replies)]
+        short = [replace(u, fields=(replace(u.fields[0], body=b""),)) for u in many]
+        trail = server.aggregate(state, short).trail
+        assert bool(trail.relay.size) == kept
+        assert (trail.since(state.trail.now) is None) != kept
 
 
 def server_state(fleet):

@@ -151,6 +151,8 @@ def test_the_oldest_rounds_are_dropped():
     assert shortened(raw, len(rounds_of(7))) == (rounds_of(7), 5)
     assert shortened(raw, 0) == (b"", 8)
     assert shortened(b"", 0) == (b"", 1)
+    assert shortened(raw, len(raw), 2) == (rounds_of(4, 7), 4), "a device decodes no more than so many replies"
+    assert shortened(raw, len(raw), 0) == (b"", 8)
 
 
 @given(st.integers(0, 2**32 - 1), st.data())
