@@ -47,12 +47,7 @@ class BetaConfig(MethodConfig):
     reset: int = Field(0, ge=0, description="rounds between resets of the posterior; 0 means ceil(1/rho)")
     estimator: Literal["mode", "mean"] = "mode"
     ste: Literal["identity", "p"] = Field("identity", description='straight-through rule; "p" as FedPM\'s code')
-    adam_eps: float = Field(
-        0.0,
-        ge=0.0,
-        description="Adam's epsilon, 0: the method's own; at 1e-8 a weight with hardly any gradient moves as far "
-        "as the others, and its flips cost bits for nothing",
-    )
+    adam_eps: float = Field(1e-5, gt=0.0, description="Adam's epsilon: larger moves less, and sends less")
     sparsity: float = Field(0.0, ge=0.0, description="lambda of the penalty lambda * mean(theta)")
     seed_scope: Literal["client", "global"] = Field(
         "client", description='"global" draws one u for all clients and collapses theta'
@@ -79,7 +74,6 @@ class BetaMethod(Method[BetaState], ABC):
     State = BetaState
     Config: ClassVar[type[BetaConfig]] = BetaConfig
     config: Any
-    adam_epsilon: ClassVar[float] = 1e-5  # of Adam, unless the settings say otherwise
 
     @property
     def numel(self) -> int:
@@ -215,7 +209,7 @@ class BetaMethod(Method[BetaState], ABC):
         }
         if training.optimizer == "sgd":
             return MaskSGD(model, self.spec, **settings)
-        return MaskAdam(model, self.spec, eps=self.config.adam_eps or self.adam_epsilon, **settings)
+        return MaskAdam(model, self.spec, eps=self.config.adam_eps, **settings)
 
     def report(self, got: Payload, memory: Memory) -> Mapping[str, float]:
         """A bit a masked weight; the weights are a seed."""

@@ -76,7 +76,7 @@ class FedMaskConfig(MethodConfig):
     returns: Literal["mean", "bit"] = Field("mean", description="what the server sends a device of its positions")
     theta0: float = Field(0.5, gt=0.0, lt=1.0)
     score_scale: float = Field(1.0, gt=0.0, description="spread of the first scores around the threshold")
-    adam_eps: float = Field(0.0, ge=0.0, description="Adam's epsilon; 0: 1e-5")
+    adam_eps: float = Field(1e-5, gt=0.0, description="Adam's epsilon")
     sparsity: float = Field(0.0, ge=0.0, description="lambda of the penalty lambda * mean(m_r)")
     tune_lr: float = Field(3e-3, gt=0.0, description="Adam's step when the active weights are fine-tuned")
 
@@ -238,7 +238,7 @@ class FedMask(Method[FedMaskState]):
         if training.optimizer == "sgd":
             optimizer = MaskSGD(model, self.spec, **settings)
         else:
-            optimizer = MaskAdam(model, self.spec, eps=self.config.adam_eps or 1e-5, **settings)
+            optimizer = MaskAdam(model, self.spec, eps=self.config.adam_eps, **settings)
         scores = self.scores(got, memory) if memory else self.first_scores(turn.seed)
         optimizer.set_scores(torch.from_numpy(scores).to(optimizer.scores.device))
         return optimizer

@@ -12,7 +12,7 @@ Travels: up, b bits a block, about KL * b / (b - margin) bits in all and at most
 ``target-bpp``, where that is set. Down, as FedPM; with ``downlink = "relay"`` the replies of the others, which are
 so short that K of them are less than the counts.
 
-Settings: as FedPM, but Adam's epsilon 1e-4; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the
+Settings: as FedPM; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the
 divergence asks for (``target-bpp``) shrink the step instead of failing.
 
 Limits: the client hashes N numbers for each weight that changed, without numba seconds a million. Blocks are
@@ -54,7 +54,6 @@ class Klms(FollowedMethod):
 
     name: ClassVar[str] = "klms"
     Config: ClassVar[type[FollowedConfig]] = KlmsConfig
-    adam_epsilon: ClassVar[float] = 1e-4  # moves without a reason cost most of the bits
 
     def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
         """A number a block."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from .title import rename
 
 OURS = "fedmask_flwr"  # not imported ahead: a run brings the version that it wants in its bundle
 PRELOAD = ("torch", "pydantic", "safetensors.numpy", "flwr.clientapp", "flwr.supernode.runtime.run_clientapp")
+COMPILER = "numba"  # of the extra `fast`
 LARGEST = 1 << 24  # bytes of arguments and environment
 ALIVE = 0.5  # seconds between looks whether the parent is still there
 SOON, PATIENCE = 10.0, 60.0  # seconds: a server that ends sooner is started again later, but not later than this
@@ -75,7 +77,8 @@ def keep(
 def _warm(listener: socket.socket, entry: Entry, parent: int, preload: Sequence[str]) -> None:
     rename("fedmask: warm server")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    imported(preload)
+    compiles = os.environ.get("FEDMASK_JIT") != "0" and importlib.util.find_spec(COMPILER) is not None
+    imported([*preload, COMPILER] if compiles else preload)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished children leave nothing behind
     serve([(listener, entry, VICTIM)], parent)
 
