@@ -12,8 +12,8 @@ import pytest
 TESTS = Path(__file__).parent
 # torch's compiler and its algebra, packages of networks and data sets, plots, a simulator: none trains a mask.
 HEAVY = (
-    "torchvision", "torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy.linalg", "scipy.special", "pandas",
-    "datasets", "matplotlib", "ray", "onnx", "numpy.f2py", "PIL", "IPython",
+    "torchvision", "torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy.linalg", "scipy.special",
+    "pandas", "datasets", "matplotlib", "ray", "onnx", "numpy.f2py", "PIL", "IPython",
 )  # fmt: skip
 OURS = ("fedmask_flwr.simulation", "fedmask_flwr.compare", "fedmask_flwr.checks", "fedmask_flwr.keys")
 PATHS = [str(TESTS.parent), str(TESTS), str(TESTS / "flower")]
