@@ -3,7 +3,7 @@
     python benchmarks/uplink.py [--methods fedavg "deltamask downlink=relay"] [--up 1] [--down 4] [--rounds 4]
         [--out benchmarks/results/uplink.json]
 
-Three nodes of docker/compose.yaml, each with a link of its own: ``tc tbf`` on both ends of its interface. Needs
+Two nodes of docker/compose.yaml, each with a link of its own: ``tc tbf`` on both ends of its interface. Needs
 root and a container engine. Conv-6 on images as large as CIFAR-10's, few of them and one epoch: the link is what is
 measured. Bytes are those of the packets; a round's parts are the gRPC calls in them, seen at the SuperLink:
 
@@ -39,7 +39,8 @@ sys.path.insert(0, str(ROOT / "tests/docker"))
 import stack as stacks  # noqa: E402
 from capture import Capture, calls  # noqa: E402
 
-NODES = ("node0", "node1", "node2")
+NODES = ("node0", "node1")  # two cores: a device has one of its own
+PARTITIONS = 3  # of the compose file
 PARTS = ("wait", "down", "client", "up", "server")
 DENSE = "fedavg"
 
@@ -47,7 +48,7 @@ DENSE = "fedavg"
 def fill(stack, folder, examples):
     """Images of noise with a class's brightness, on every volume that is for data."""
     draw = np.random.default_rng(3)
-    for split, n in (("train", examples * len(NODES)), ("test", 100)):
+    for split, n in (("train", examples * PARTITIONS), ("test", 100)):
         y = np.arange(n) % 10
         x = draw.normal(size=(n, 3, 32, 32)) + y[:, None, None, None] / 5
         np.savez(folder / f"{split}.npz", x=x.astype(np.float32), y=y)
@@ -191,7 +192,7 @@ def main():
             fill(stack, folder, asked.examples)
             stack.up("superlink", "serverapp")
             capture = Capture(pid(stack.container("superlink")), 9092, folder / "packets.pcap")
-            stack.up()
+            stack.up("superlink", "serverapp", *NODES)
             for name in NODES:
                 shape(stack.container(name), asked.up, asked.down)
             node_of, taken = addresses(stack), {}
@@ -204,6 +205,8 @@ def main():
                     "data": "npz",
                     "data_dir": "/data",
                     "local_epochs": 1,
+                    "clients": len(NODES),
+                    "min_nodes": len(NODES),
                     **dict(setting.split("=") for setting in settings),
                 }
                 taken[method] = run(stack, re.sub("[ =]", "-", method), count, **told)
