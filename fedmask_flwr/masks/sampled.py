@@ -181,8 +181,10 @@ def _gumbel(key: Key, n: int, start: int) -> NDArray[np.float32]:
     return (-np.log(-np.log(u))).astype(np.float32)
 
 
-def replay(draws: Draws, theta_g: NDArray[np.float64], chosen: NDArray[np.uint32]) -> NDArray[np.bool_]:
+def replay(draws: Draws, cuts: NDArray[np.int32], chosen: NDArray[np.uint32]) -> NDArray[np.bool_]:
     """The mask that ``chosen`` (blocks,) stands for: (d,) bool, the same bits on every machine.
+
+    ``cuts`` (d,) are the `keyed.thresholds` of theta_g.
 
     Raises
     ------
@@ -191,14 +193,19 @@ def replay(draws: Draws, theta_g: NDArray[np.float64], chosen: NDArray[np.uint32
     """
     if chosen.shape != (draws.blocks,) or int(chosen.max()) >= draws.size:
         raise ValueError(f"{draws.blocks} blocks need a number below {draws.size} each, got {chosen.shape} numbers")
+    check_range(cuts.size, 0)
     k0, keys = draws.candidates()
     k1 = keys[chosen]
-    block, d = draws.block_of(theta_g.size), theta_g.size
+    if available():
+        from .scored import redraw
+
+        return redraw(cuts, derive(*draws.key, "block"), k0, k1)
+    block, d = draws.block_of(cuts.size), cuts.size
     out = np.empty(d, np.bool_)
     base, scratch = np.arange(min(d, CHUNK), dtype=np.int32), np.empty(min(d, CHUNK), np.int32)
     for a in range(0, d, CHUNK):
         of = block[a : a + CHUNK]
         x = base[: of.size] + np.uint32(a).view(np.int32)
         hash_(x, scratch[: of.size], (k0, k1[of]))
-        np.less(x, thresholds(theta_g[a : a + CHUNK]), out=out[a : a + CHUNK])
+        np.less(x, cuts[a : a + CHUNK], out=out[a : a + CHUNK])
     return out

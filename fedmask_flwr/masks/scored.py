@@ -1,4 +1,4 @@
-"""The compiled twin of the count that minimal random coding spends its time on; needs numba."""
+"""The compiled loops of minimal random coding; they need numba."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from numpy.typing import NDArray
 
 from fedmask_flwr.jit import compiled
 
+from .keyed import Key
+
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
+_15, _16, _32 = np.uint32(15), np.uint32(16), np.uint64(32)
+
+
+@compiled()
+def _mix(x: np.uint32) -> np.uint32:
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> _16)) * _A)
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> _15)) * _B)
+    return np.uint32(x ^ np.uint32(x >> _16))
 
 
 @compiled()
@@ -26,20 +36,10 @@ def _count(
         row = tally[block]
         stop = starts[block + 1] if block + 1 < starts.size else places.size
         for i in range(starts[block], stop):
-            place = np.uint32(places[i] ^ k0)
-            place = np.uint32(place ^ (place >> np.uint32(16)))
-            place = np.uint32(place * _A)
-            place = np.uint32(place ^ (place >> np.uint32(15)))
-            place = np.uint32(place * _B)
-            place = np.uint32(place ^ (place >> np.uint32(16)))
+            place = _mix(np.uint32(places[i] ^ k0))
             cut, weight = cuts[i], weights[i]
             for c in range(size):
-                x = np.uint32(place ^ keys[c])
-                x = np.uint32(x ^ (x >> np.uint32(16)))
-                x = np.uint32(x * _A)
-                x = np.uint32(x ^ (x >> np.uint32(15)))
-                x = np.uint32(x * _B)
-                x = np.uint32(x ^ (x >> np.uint32(16)))
+                x = _mix(np.uint32(place ^ keys[c]))
                 row[c] += weight if np.int32(x) < cut else np.int32(0)
 
 
@@ -55,3 +55,27 @@ def count(
     tally = np.zeros((starts.size, keys.size), np.int32)
     _count(places.view(np.uint32), cuts, weights, starts, np.uint32(k0 % 2**32), keys.view(np.uint32), tally)
     return tally.T
+
+
+@compiled()
+def _redraw(
+    cuts: NDArray[np.int32],
+    lot0: np.uint32,
+    lot1: np.uint32,
+    k0: np.uint32,
+    k1: NDArray[np.uint32],
+    out: NDArray[np.bool_],
+) -> None:
+    blocks = np.uint64(k1.size)
+    for i in range(cuts.size):
+        lot = _mix(np.uint32(_mix(np.uint32(np.uint32(i) ^ lot0)) ^ lot1))
+        key = k1[np.int64((np.uint64(lot) * blocks) >> _32)]
+        out[i] = np.int32(_mix(np.uint32(_mix(np.uint32(np.uint32(i) ^ k0)) ^ key))) < cuts[i]
+
+
+def redraw(cuts: NDArray[np.int32], lots: Key, k0: int, k1: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """The mask whose position i is drawn under ``k1`` of its block: (d,) bool; ``lots`` deals out the blocks."""
+    out = np.empty(cuts.size, np.bool_)
+    lot0, lot1, first = (np.uint32(word % 2**32) for word in (*lots, k0))
+    _redraw(cuts, lot0, lot1, first, k1.view(np.uint32), out)
+    return out

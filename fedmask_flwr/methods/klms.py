@@ -22,14 +22,15 @@ drawn by lot and equally large, which wastes little: a block's divergence hardly
 from __future__ import annotations
 
 import math
-from typing import ClassVar, final
+from typing import Any, ClassVar, final
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import Draws, derive, divergence, pick, replay
+from fedmask_flwr.masks import Draws, MaskSpec, derive, divergence, pick, replay, thresholds
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
 from .base import Fields, Memory, Turn
@@ -54,6 +55,10 @@ class Klms(FollowedMethod):
 
     name: ClassVar[str] = "klms"
     Config: ClassVar[type[FollowedConfig]] = KlmsConfig
+
+    def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
+        super().__init__(spec, model, config, fraction=fraction)
+        self._cuts: tuple[Payload | None, NDArray[np.int32]] = (None, np.empty(0, np.int32))
 
     def up(self, got: Payload, shared: Memory) -> tuple[Fields, ...]:
         """A number a block."""
@@ -84,7 +89,9 @@ class Klms(FollowedMethod):
         if index.top != (1 << self.config.index_bits) - 1:
             raise WireError(f"indices up to {index.top}, expected {self.config.index_bits} bits each")
         draws = self._draws(turn, index.values.size)
-        return Payload(bits={"mask": pack_bits(replay(draws, self.theta(got), index.values))})
+        if self._cuts[0] is not got:  # all replies of a round are to the same broadcast
+            self._cuts = got, self.of_theta(got, thresholds)
+        return Payload(bits={"mask": pack_bits(replay(draws, self._cuts[1], index.values))})
 
     def _draws(self, turn: Turn, blocks: int) -> Draws:
         return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)

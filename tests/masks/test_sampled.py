@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmask_flwr.masks import Draws, derive, divergence, pick, replay, sampled
+from fedmask_flwr.masks import Draws, derive, divergence, pick, replay, sampled, thresholds
 from fedmask_flwr.masks.keyed import CHUNK
 
 
@@ -49,7 +49,7 @@ def drifted(d, bits, seed=0):
 def test_replay_equals_the_oracle(case, data):
     draws, theta_g, _ = case
     chosen = data.draw(st.lists(st.integers(0, draws.size - 1), min_size=draws.blocks, max_size=draws.blocks))
-    got = replay(draws, theta_g, np.array(chosen, np.uint32))
+    got = replay(draws, thresholds(theta_g), np.array(chosen, np.uint32))
     assert got.dtype == np.bool_
     assert got.tolist() == oracle.replay(draws, theta_g.tolist(), chosen)
     assert draws.block_of(theta_g.size).tolist() == [oracle.block(draws, i) for i in range(theta_g.size)]
@@ -67,7 +67,7 @@ def test_what_is_scored_is_what_is_replayed(case):
     nats = np.bincount(block, divergence(theta_k, theta_g) * math.log(2), minlength=draws.blocks)
     np.testing.assert_allclose(wanted + base, nats, atol=1e-4)
     for c in range(draws.size):
-        mask = replay(draws, theta_g, np.full(draws.blocks, c, np.uint32))
+        mask = replay(draws, thresholds(theta_g), np.full(draws.blocks, c, np.uint32))
         for b in range(draws.blocks):
             here = block == b
             expected = oracle.log_weight(mask[here].tolist(), theta_g[here].tolist(), theta_k[here].tolist())
@@ -121,7 +121,7 @@ def test_the_mask_is_a_sample_of_theta_k():
     masks = []
     for k in range(devices):
         draws = Draws(derive("sample", k), 1700, 512)
-        masks.append(replay(draws, theta_g, pick(draws, theta_g, theta_k, derive("chance", k))))
+        masks.append(replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance", k))))
     mean = np.mean(masks, axis=0)
     for g in np.unique(theta_g):
         for p in np.unique(theta_k):
@@ -137,7 +137,7 @@ def slope(theta_g, theta_k, blocks, size, repeats, rest=0.0):
     step, found = theta_k - theta_g, []
     for i in range(repeats):
         draws = Draws(derive("slope", i), blocks, size)
-        mask = replay(draws, theta_g, pick(draws, theta_g, theta_k, derive("chance", i), rest))
+        mask = replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance", i), rest))
         found.append(float(((mask - theta_g) * step).sum() / (step * step).sum()))
     return float(np.mean(found))
 
@@ -162,7 +162,7 @@ def test_where_nothing_moved_the_mask_is_a_sample_of_theta_g():
     chosen = pick(draws, theta, theta, derive("chance"))
     counts = np.bincount(chosen, minlength=16)
     assert ((counts - 312.5) ** 2 / 312.5).sum() < 45  # chi-square, 15 degrees of freedom, p = 1e-4
-    mask = replay(draws, theta, chosen)
+    mask = replay(draws, thresholds(theta), chosen)
     for p in (0.01, 0.3, 0.9):
         here = mask[theta == p]
         assert abs(here.mean() - p) < 4.5 * math.sqrt(p * (1 - p) / here.size)
@@ -194,7 +194,9 @@ def test_small_cases(d, blocks, size):
     chosen = pick(draws, theta_g, np.full(d, 0.6), derive("chance"))
     assert chosen.shape == (blocks,)
     assert (chosen < size).all()
-    assert replay(draws, theta_g, chosen).tolist() == oracle.replay(draws, theta_g.tolist(), chosen.tolist())
+    assert replay(draws, thresholds(theta_g), chosen).tolist() == oracle.replay(
+        draws, theta_g.tolist(), chosen.tolist()
+    )
 
 
 def test_equal_inputs_give_equal_bits():
@@ -203,7 +205,7 @@ def test_equal_inputs_give_equal_bits():
     def run(key="a", chance="b"):
         draws = Draws(derive(key), 150, 64)
         chosen = pick(draws, theta_g, theta_k, derive(chance))
-        return chosen.tolist(), replay(draws, theta_g, chosen).tolist()
+        return chosen.tolist(), replay(draws, thresholds(theta_g), chosen).tolist()
 
     assert run() == run()
     assert run()[0] != run(chance="c")[0]
@@ -213,7 +215,7 @@ def test_equal_inputs_give_equal_bits():
 def test_known_bits():
     theta = np.linspace(0.1, 0.9, 24)
     draws = Draws(derive(7, "golden"), 3, 16)
-    mask = replay(draws, theta, np.array([0, 5, 15], np.uint32))
+    mask = replay(draws, thresholds(theta), np.array([0, 5, 15], np.uint32))
     assert np.packbits(mask).tolist() == [115, 164, 255]
 
 
@@ -222,20 +224,20 @@ def test_chunks_do_not_show(monkeypatch):
     draws, chance = Draws(derive("chunks"), 50, 16), derive("chance")
     scores, _ = sampled._scores(draws, theta_g, theta_k, 0.0)
     chosen = pick(draws, theta_g, theta_k, chance)
-    mask = replay(draws, theta_g, chosen)
+    mask = replay(draws, thresholds(theta_g), chosen)
     for cached, chunk in ((1, 1000), (333, 4999), (2500, 5000)):
         monkeypatch.setattr(sampled, "_CACHED", cached)
         monkeypatch.setattr(sampled, "CHUNK", chunk)
         assert np.array_equal(sampled._scores(draws, theta_g, theta_k, 0.0)[0], scores)
         assert np.array_equal(pick(draws, theta_g, theta_k, chance), chosen)
-        assert np.array_equal(replay(draws, theta_g, chosen), mask)
+        assert np.array_equal(replay(draws, thresholds(theta_g), chosen), mask)
 
 
 def test_over_a_real_chunk():
     d, draws = CHUNK + 40, Draws(derive("long"), 11, 8)
     theta = np.random.default_rng(0).uniform(0.01, 0.99, d)
     chosen = (np.arange(11) % 8).astype(np.uint32)
-    mask, block = replay(draws, theta, chosen), draws.block_of(d)
+    mask, block = replay(draws, thresholds(theta), chosen), draws.block_of(d)
     for i in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, d - 1):
         assert block[i] == oracle.block(draws, i)
         assert mask[i] == oracle.bit(draws, int(chosen[block[i]]), i, theta[i])
@@ -277,7 +279,7 @@ def test_theta_at_its_ends():
     theta_g, theta_k = np.repeat([0.0, 1.0, 0.5], 6), np.tile([0.0, 1.0, 0.3], 6)
     draws = Draws(derive("ends"), 4, 32)
     assert np.isfinite(divergence(theta_k, theta_g)).all()
-    mask = replay(draws, theta_g, pick(draws, theta_g, theta_k, derive("chance")))
+    mask = replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance")))
     assert mask[:12].tolist() == [False] * 6 + [True] * 6
 
 
@@ -290,7 +292,7 @@ def test_no_blocks_or_no_candidates(blocks, size):
 @pytest.mark.parametrize("chosen", [[0, 1], [0, 1, 2, 3], [0, 1, 8], []])
 def test_numbers_that_name_no_candidates(chosen):
     with pytest.raises(ValueError, match="3 blocks need a number below 8 each"):
-        replay(Draws(derive(0), 3, 8), np.full(9, 0.5), np.array(chosen, np.uint32))
+        replay(Draws(derive(0), 3, 8), thresholds(np.full(9, 0.5)), np.array(chosen, np.uint32))
 
 
 @settings(max_examples=40)
@@ -318,3 +320,14 @@ def test_pick_is_the_same_without_numba(monkeypatch):
     monkeypatch.setenv("FEDMASK_JIT", "0")
     assert sampled._compiled() is None
     assert np.array_equal(compiled, pick(draws, theta_g, theta_k, chance, 1e-3))
+
+
+@settings(max_examples=60)
+@given(cases(), st.data())
+def test_replay_is_the_same_without_numba(case, data):
+    draws, theta_g, _ = case
+    chosen = data.draw(st.lists(st.integers(0, draws.size - 1), min_size=draws.blocks, max_size=draws.blocks))
+    compiled = replay(draws, thresholds(theta_g), np.array(chosen, np.uint32))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMASK_JIT", "0")
+        assert np.array_equal(compiled, replay(draws, thresholds(theta_g), np.array(chosen, np.uint32)))

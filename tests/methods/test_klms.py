@@ -8,7 +8,7 @@ from federation import blobs, network, steps
 from following_fleet import Fleet, wide
 from torch import nn
 
-from fedmask_flwr.masks import Draws, derive, divergence, frozen_weights, replay
+from fedmask_flwr.masks import Draws, derive, divergence, frozen_weights, replay, thresholds
 from fedmask_flwr.methods import Training, Turn, View
 from fedmask_flwr.methods.beta import trained_theta
 from fedmask_flwr.methods.klms import Klms, KlmsConfig
@@ -111,7 +111,7 @@ def test_both_ends_draw_the_same_and_others_do_not():
     mask = klms.reconstruct(got, reply, turn).bits["mask"]
     assert np.array_equal(mask, other.reconstruct(got, reply, turn).bits["mask"])
     draws = Draws(derive(1, "candidates", 1, 3), index.size, 256)
-    assert np.array_equal(unpack_bits(mask, D), replay(draws, klms.theta(got), index))
+    assert np.array_equal(unpack_bits(mask, D), replay(draws, thresholds(klms.theta(got)), index))
     for elsewhere in (Turn(1, 1, 5, 4), Turn(1, 2, 5, 3), Turn(2, 1, 5, 3)):
         assert not np.array_equal(mask, klms.reconstruct(got, reply, elsewhere).bits["mask"])
 
