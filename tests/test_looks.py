@@ -56,3 +56,18 @@ def test_flowers_loop_takes_it(monkeypatch):
     assert looks.look_sooner()
     assert isinstance(loop.time, looks.Looks)
     assert loop.time.monotonic() <= time.monotonic()
+
+
+@pytest.mark.flower
+def test_a_client_asks_its_node_sooner(monkeypatch):
+    """If this fails after an update of flwr, look how its client process waits for its message now."""
+    module, name = looks.PULL
+    pull = getattr(importlib.import_module(module), name)
+    before = dict(pull.__kwdefaults__)
+    try:
+        assert looks.pull_sooner()
+        assert pull.__kwdefaults__ == {**before, **looks.BACKOFF}
+    finally:
+        pull.__kwdefaults__.update(before)
+    monkeypatch.setattr(looks, "PULL", ("flwr", name))
+    assert not looks.pull_sooner()

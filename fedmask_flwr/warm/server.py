@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import shim
+from .looks import pull_sooner
 from .title import rename
 
 OURS = "fedmask_flwr"  # not imported ahead: a run brings the version that it wants in its bundle
@@ -79,6 +80,7 @@ def _warm(listener: socket.socket, entry: Entry, parent: int, preload: Sequence[
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     compiles = os.environ.get("FEDMASK_JIT") != "0" and importlib.util.find_spec(COMPILER) is not None
     imported([*preload, COMPILER] if compiles else preload)
+    pull_sooner()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # finished children leave nothing behind
     serve([(listener, entry, VICTIM)], parent)
 
