@@ -15,8 +15,8 @@ up       -> the whole reply is there
 server   -> the round is complete: the other nodes' replies, the ServerApp looks, adds up, saves
 =======  ==========================================================================================
 
-The server evaluates a round while the next one is under way. "cpu" is what a node's container computed meanwhile:
-with a core of its own, a device's "client" is that and Flower's looks for work; on a busy machine it is longer.
+The server evaluates the last round only: it shares this machine with the devices. "cpu" is what a node's container
+computed meanwhile: a device's "client" is that and Flower's looks for work; on a busy machine it is longer.
 """
 
 from __future__ import annotations
@@ -205,6 +205,7 @@ def main():
                     "data": "npz",
                     "data_dir": "/data",
                     "local_epochs": 1,
+                    "evaluate_every": count,  # a server is another machine; here it would take the devices' cores
                     "clients": len(NODES),
                     "min_nodes": len(NODES),
                     **dict(setting.split("=") for setting in settings),
