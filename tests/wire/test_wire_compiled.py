@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -41,7 +42,15 @@ def both(call):
 
 def test_small_fields_load_no_numba(monkeypatch):
     monkeypatch.setattr(jit, "available", lambda: pytest.fail("asked for numba"))
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
     assert not machine.compiled_pays(machine.COMPILED_FROM - 1)
+
+
+def test_less_is_enough_once_numba_is_loaded(monkeypatch):
+    monkeypatch.setattr(jit, "available", lambda: True)
+    monkeypatch.setitem(sys.modules, "numba", jit)
+    assert machine.compiled_pays(machine.LOADED_FROM)
+    assert not machine.compiled_pays(machine.LOADED_FROM - 1)
 
 
 @pytest.mark.parametrize("name", PLAIN)
