@@ -65,7 +65,7 @@ TARGETS = {
     "cifar10": (0.3, 0.4, 0.5),
     "hapt": (0.7, 0.8, 0.85),
 }
-QUICK = {"seeds": "1", "rounds": 3, "only": "klms at 0.03,deltamask exact,fedpm,fedavg"}
+QUICK = {"seeds": "1", "rounds": 2, "only": "klms at 0.03,deltamask exact,fedpm"}
 KEPT = ("round", "accuracy_threshold", "accuracy_sampled", "uplink_bytes", "downlink_bytes", "uplink_bpp",
         "flower_uplink_bytes", "flower_downlink_bytes", "clients_failed", "seconds")  # fmt: skip
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print what is kept")
     parser.add_argument("--plot", type=Path, help="a PNG of what is kept")
     parser.add_argument("--ratios", type=Path, help="JSON of the ratios, for benchmarks/bench.py")
-    parser.add_argument("--quick", action="store_true", help="three rounds of four rows; nothing is kept")
+    parser.add_argument("--quick", action="store_true", help="two rounds of three rows; nothing is kept")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("flwr").setLevel(logging.ERROR)
