@@ -104,7 +104,6 @@ def test_link_cut_and_healed(stack, tmp_path):
     assert (stack.folder / "cut/mask.fedmask").read_bytes() == reference(tmp_path, **told)[1]
 
 
-@pytest.mark.compose_smoke
 def test_superlink_killed(stack, simulated):
     """Its state is on a volume: the same run goes on, and nothing of it is lost."""
     runner = stack.start("superlink", **SETTINGS)
