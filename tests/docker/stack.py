@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -147,7 +148,9 @@ def engine():
     os.environ["DOCKER_HOST"] = sh("bash", script, "host").stdout.strip()
     if _has_docker() and sh("docker", "info", check=False).returncode == 0:
         return None
-    sh("bash", script, "up")
+    with tempfile.TemporaryFile() as said:  # no pipe: the engine that stays would keep it open
+        command = ["bash", str(script), "up"]
+        subprocess.run(command, check=True, timeout=PATIENCE, stdin=subprocess.DEVNULL, stdout=said, stderr=said)
     return lambda: sh("bash", script, "down")
 
 
