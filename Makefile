@@ -49,7 +49,7 @@ image: ## the image that the tests on containers use
 	  docker image inspect $$BASE_IMAGE >/dev/null 2>&1 || bash $(TESTBED) base; \
 	fi; FEDMASK_IMAGE=$${FEDMASK_TEST_IMAGE:-fedmask-test} docker compose -f docker/compose.yaml build superlink
 
-compose: install ## some of the tests on containers, five minutes: those that CI runs
+compose: install ## the test on containers that CI runs: the same mask as the simulation
 	$(BIN)/python -m pytest -m compose_smoke --durations=10 tests/docker
 
 docker: install ## the tests on containers; they start an engine where there is none

@@ -115,7 +115,6 @@ def test_superlink_killed(stack, simulated):
     unharmed(stack, "superlink", stack.finished(runner), simulated)
 
 
-@pytest.mark.compose_smoke
 def test_serverapp_killed(stack, simulated):
     """Started again, it goes on after the last whole round."""
     runner = stack.start("serverapp", **SETTINGS)
