@@ -46,13 +46,13 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def last(run: Run) -> float:
+def late_bits(run: Run) -> float:
     """Most bits a parameter in both directions in a round from round 10 on (or in the last one)."""
     rounds = bits_a_round(run)
     return max(both for _, both in rounds[9:] or rounds[-1:])
 
 
-def best(run: Run) -> float:
+def final_accuracy(run: Run) -> float:
     """Thresholded accuracy, mean of the last three rounds: one round's test accuracy jumps."""
     return mean([line["accuracy_threshold"] for line in run["rounds"][-3:]])
 
@@ -82,12 +82,12 @@ def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
     for name, target in ((SAMPLED, 200.0), ("deltamask exact", 50.0)):
         if mine := named(runs, name):
             label = f"{data}: both directions, a round from 10 on: FedAvg float32 / {name}"
-            out.append(Ratio(label, DENSE_BITS / max(last(run) for run in mine), target))
+            out.append(Ratio(label, DENSE_BITS / max(late_bits(run) for run in mine), target))
     if mine := named(runs, SAMPLED):
         sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
         out.append(Ratio(f"{data}: {SAMPLED}, mean uplink, bits a parameter and round", sent, 0.09, "at most"))
-        if theirs := [best(run) for run in named(runs, "fedpm")]:
-            ahead = mean([best(run) for run in mine]) - mean(theirs)
+        if theirs := [final_accuracy(run) for run in named(runs, "fedpm")]:
+            ahead = mean([final_accuracy(run) for run in mine]) - mean(theirs)
             label = f"{data}: last accuracy, {SAMPLED} - fedpm (fedpm's seeds span {max(theirs) - min(theirs):.4f})"
             out.append(Ratio(label, ahead, min(theirs) - max(theirs)))
     return out
@@ -100,7 +100,7 @@ def table(runs: Sequence[Run], targets: Sequence[float]) -> str:
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in dict.fromkeys(run["name"] for run in runs):
         mine = named(runs, name)
-        final = [best(run) for run in mine]
+        final = [final_accuracy(run) for run in mine]
         cells = [name, str(len(mine)), f"{mean(final):.4f} ({min(final):.4f} to {max(final):.4f})"]
         for target in targets:
             found = [(rounds_to(run, target), bits_to(run, target)) for run in mine]
@@ -110,7 +110,7 @@ def table(runs: Sequence[Run], targets: Sequence[float]) -> str:
             else:
                 bits = " / ".join(f"{mean([b[i] for _, b in reached]):.3g}" for i in (0, 1))
                 cells.append(f"{mean([r for r, _ in reached]):.3g}; {bits}")
-        cells.append(f"{max(last(run) for run in mine):.3g}")
+        cells.append(f"{max(late_bits(run) for run in mine):.3g}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

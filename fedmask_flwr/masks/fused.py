@@ -23,7 +23,7 @@ from .keyed import Key
 from .pieces import LARGEST, Layers
 
 BLOCK = 2048
-_F, _U, _I = np.float32, np.uint32, np.int32  # a plain literal would widen what it meets
+_F, _U = np.float32, np.uint32  # a plain literal would widen what it meets
 _INVERSE, _MAGIC, _HIGH, _LOW, _T1, _T2 = (np.float32(x) for x in (INVERSE, MAGIC, LN2_HIGH, LN2_LOW, T1, T2))
 _ZERO, _ONE, _TWO, _RANGE = (np.float32(x) for x in (0, 1, 2, 2.0**32))
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
@@ -158,7 +158,7 @@ def step(
 
 
 def usable(layers: Layers) -> bool:
-    """Whether `check` and `learn` work here: compiled, on a CPU, a bit a weight."""
+    """Whether `finite` and `learn` work here: compiled, on a CPU, a bit a weight."""
     return layers.on_cpu and not layers.whole and available()
 
 
