@@ -65,6 +65,14 @@ CASES = {
         reply=oracles.klms_reply,
         flip_rate=0.0,
     ),
+    "deltastep": Case("deltastep", oracles.deltastep, {"step": 2.0}, flip_rate=0.0),
+    "deltastep-relay": Case(
+        "deltastep",
+        oracles.deltastep,
+        {"step": 3.0, "downlink": "relay", "target_bpp": 0.5},
+        bpp_up=0.5,
+        flip_rate=0.0,
+    ),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),
     "fedmask": Case("fedmask", fedmask.fedmask, bpp_up=1.6, lr=0.1, reply=fedmask.reply, visible=fedmask.visible),
     "fedmask-bit": Case(

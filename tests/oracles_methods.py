@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 
 from fedmask_flwr.wire import Counts, Payload
@@ -37,6 +40,20 @@ def beta(method, rounds):
         p = (p - f) / (1 - 2 * f)
         theta.append(min(max(p, config.epsilon), 1 - config.epsilon))
     return theta
+
+
+def deltastep(method, rounds):
+    """Theta, position by position, on a grid of 2520 steps; ``rounds`` holds lists of updates."""
+    step, grid = Fraction(method.config.step), 2520
+    low, theta = math.ceil(method.config.epsilon * grid), [round(method.config.theta0 * grid)] * method.numel
+    for updates in filter(None, rounds):
+        for i in range(method.numel):
+            mask, guess = (
+                sum(int(u.payload.bits[name][i // 8]) >> (i % 8) & 1 for u in updates) for name in ("mask", "guess")
+            )
+            moved = round(theta[i] + step * grid * (mask - guess) / len(updates))
+            theta[i] = min(max(moved, low), grid - low)
+    return [t / grid for t in theta]
 
 
 def fedavg(method, rounds):

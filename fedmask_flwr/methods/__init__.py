@@ -23,6 +23,7 @@ BUILTIN = {
     "bnn-fedavg": "fedmask_flwr.methods.bnn_fedavg:BnnFedAvg",
     "confedmade": "fedmask_flwr.methods.confedmade:ConfedMADE",
     "deltamask": "fedmask_flwr.methods.deltamask:DeltaMask",
+    "deltastep": "fedmask_flwr.methods.deltastep:DeltaStep",
     "eden": "fedmask_flwr.methods.eden:Eden",
     "fedavg": "fedmask_flwr.methods.fedavg:FedAvg",
     "fedcode": "fedmask_flwr.methods.fedcode:FedCode",

@@ -57,6 +57,25 @@ class BetaConfig(MethodConfig):
 D = TypeVar("D", bound=np.generic)
 
 
+class Tally:
+    """Votes on each bit of what replies hold, one reply at a time."""
+
+    def __init__(self, numel: int, names: Iterable[str]) -> None:
+        self._counters = {name: VoteCounter(numel) for name in names}
+        self.masks, self.flips = 0, 0.0
+
+    def add(self, payload: Payload, flip_rate: float = 0.0) -> None:
+        """Count a reply, whose codec flipped each bit with probability ``flip_rate``."""
+        for name, counter in self._counters.items():
+            counter.add(payload.bits[name])
+        self.masks += 1
+        self.flips += flip_rate
+
+    def votes(self) -> dict[str, npt.NDArray[np.uint32]]:
+        """M (d,) of each name."""
+        return {name: counter.votes() for name, counter in self._counters.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class BetaState:
     """Votes since the last reset: M (d,) of ``total`` masks over ``age`` rounds; ``flips`` sums flip rates."""
@@ -73,6 +92,7 @@ class BetaMethod(Method[BetaState], ABC):
 
     State = BetaState
     Config: ClassVar[type[BetaConfig]] = BetaConfig
+    counted: ClassVar[tuple[str, ...]] = ("mask",)  # bits of a reply that are voted on
     config: Any
 
     @property
@@ -166,13 +186,14 @@ class BetaMethod(Method[BetaState], ABC):
 
     def aggregate(self, state: BetaState, updates: Iterable[Update]) -> BetaState:
         """alpha += M, beta += K - M; reset first when the window of ceil(1/rho) rounds is over."""
-        votes, flips = VoteCounter(self.numel), 0.0
+        tally = Tally(self.numel, self.counted)
         for update in updates:
-            votes.add(update.payload.bits["mask"])
-            flips += update.flip_rate
-        if votes.masks == 0:
-            return state
-        return self.cast(state, votes.votes(), votes.masks, flips, self.anew(state))
+            tally.add(update.payload, update.flip_rate)
+        return self.moved(state, tally, self.anew(state)) if tally.masks else state
+
+    def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
+        """The state after a round's replies, of which there was at least one."""
+        return self.cast(state, tally.votes()["mask"], tally.masks, tally.flips, anew)
 
     def anew(self, state: BetaState) -> bool:
         """Whether the next votes replace the present ones."""

@@ -24,7 +24,6 @@ sums does not apply.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -33,13 +32,12 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.wire import Bits, Payload, SideInfo, coded_bytes, expected_bytes, pack_bits, unpack_bits
+from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
 
 from .base import Memory, Turn
 from .beta import trained_theta
+from .budget import affordable
 from .following import FollowedConfig, FollowedMethod
-
-FRAME = 64  # bytes of a reply's frame around its body
 
 
 class DeltaMaskConfig(FollowedConfig):
@@ -59,10 +57,6 @@ class DeltaMask(FollowedMethod):
     name: ClassVar[str] = "deltamask"
     Config: ClassVar[type[FollowedConfig]] = DeltaMaskConfig
 
-    def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo:
-        """The mask m_g that both ends draw from what was broadcast, and how close each u is to its theta_g."""
-        return SideInfo(self.spec.sizes, self.guess(got, turn), partial(self.near, got, turn))
-
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """m_g with the kept flips applied."""
         theta_k, mask = trained_theta(optimizer), unpack_bits(self.guess(got, turn), self.numel)
@@ -70,26 +64,9 @@ class DeltaMask(FollowedMethod):
         flips = by_kl(flips, theta_k, self.theta(got))[: math.ceil(kappa_at(self.config, turn) * flips.size)]
         keep = flips.size
         if self.config.target_bpp > 0.0:
-            keep = self._affordable(mask, flips, self.known(got, turn, memory))
+            keep = affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)
         mask[flips[:keep]] ^= True
         return Payload(bits={"mask": pack_bits(mask)})
-
-    def _affordable(self, mask: npt.NDArray[np.bool_], flips: npt.NDArray[np.int64], known: SideInfo) -> int:
-        """How many of the flips, from the first on, ``target_bpp`` pays for."""
-        budget = self.config.target_bpp * self.numel / 8 - FRAME
-
-        def flipped(keep: int) -> Bits:
-            tried = mask.copy()
-            tried[flips[:keep]] ^= True
-            return pack_bits(tried)
-
-        low, high = 0, flips.size + 1
-        while high - low > max(1, low // 64):
-            middle = (low + high) // 2
-            low, high = (middle, high) if expected_bytes(flipped(middle), known) <= budget else (low, middle)
-        while low and (spent := coded_bytes(flipped(low), known)) > budget:  # expectation has its limits
-            low = min(low - 1, max(0, math.floor(low * budget / spent)))
-        return low
 
 
 def kappa_at(config: DeltaMaskConfig, turn: Turn) -> float:

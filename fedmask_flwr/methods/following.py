@@ -22,13 +22,12 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.aggregate import VoteCounter
 from fedmask_flwr.masks import MaskSpec
 from fedmask_flwr.wire import Counts, Frame, Payload, Scalar, SideInfo, WireError
 from fedmask_flwr.wire import Field as Coded
 
 from .base import Fields, Known, Memory, Training, Turn, Update
-from .beta import BetaConfig, BetaMethod, BetaState
+from .beta import BetaConfig, BetaMethod, BetaState, Tally
 from .reading import read_reply
 from .trail import (
     REPLAYS,
@@ -125,36 +124,33 @@ class FollowedMethod(BetaMethod, ABC):
 
     def aggregate(self, state: BetaState, updates: Iterable[Update]) -> BetaState:
         """alpha += M, beta += K - M; reset first when the window of ceil(1/rho) rounds is over."""
-        votes, flips = VoteCounter(self.numel), 0.0
+        tally = Tally(self.numel, self.counted)
         replies: dict[int, tuple[Coded, ...]] = {}
         room = self._most if self.config.downlink == "relay" else -1
         for update in updates:
-            votes.add(update.payload.bits["mask"])
-            flips += update.flip_rate
+            tally.add(update.payload, update.flip_rate)
             room -= sum(len(coded.body) for coded in update.fields)
             if len(replies) >= REPLAYS:
                 room = -1
             replies[update.client] = update.fields if room >= 0 else ()  # nobody would be told more
-        if votes.masks == 0:
+        if not tally.masks:
             return state
         anew = self.anew(state)
-        cast = votes.votes()
-        following = self.cast(state, cast, votes.masks, flips, anew)
+        following = self.moved(state, tally, anew)
         if not self.personal:
             return following
         relay = b""
-        if room >= 0 and state.flips == 0.0 == flips:  # else no device could repeat the round
+        if room >= 0 and state.flips == 0.0 == tally.flips:  # else no device could repeat the round
             found = Relayed(state.trail.now, anew, tuple(sorted(replies.items(), key=itemgetter(0))))
             relay = write_round(found, self._names(self.broadcast(state)))
-        return replace(following, trail=self._trail(state, following, cast, sorted(replies), relay))
+        return replace(following, trail=self._trail(state, following, sorted(replies), relay))
 
-    def _trail(
-        self, old: BetaState, new: BetaState, votes: npt.NDArray[np.uint32], clients: Sequence[int], relay: bytes
-    ) -> Trail:
+    def _trail(self, old: BetaState, new: BetaState, clients: Sequence[int], relay: bytes) -> Trail:
         trail, whole = old.trail, counts_bytes(new.ones)
         kept, dropped = b"", trail.now + 1
         if relay:
             kept, dropped = shortened(trail.relay.tobytes() + relay, whole)
+        votes = new.ones if new.age == 1 else new.ones - old.ones
         return replace(
             trail,
             last=trail.now,
@@ -168,6 +164,14 @@ class FollowedMethod(BetaMethod, ABC):
         )
 
     # Both ends
+
+    def known(self, got: Payload, turn: Turn, shared: Memory) -> SideInfo | None:
+        """The guess."""
+        return self.guessed(got, turn)
+
+    def guessed(self, got: Payload, turn: Turn) -> SideInfo:
+        """The mask m_g that both ends draw from what was broadcast, and how close each u is to its theta_g."""
+        return SideInfo(self.spec.sizes, self.guess(got, turn), partial(self.near, got, turn))
 
     def down(self, shared: Memory) -> Fields:
         """Vote counts, or what has come to those that the device holds."""
@@ -230,13 +234,12 @@ class FollowedMethod(BetaMethod, ABC):
 
     def _replayed(self, state: BetaState, found: Relayed, turn: Turn) -> BetaState:
         """One relayed round, as the server aggregated it."""
-        told, votes = self.broadcast(state), VoteCounter(self.numel)
+        told, tally = self.broadcast(state), Tally(self.numel, self.counted)
         for client, fields in found.replies:
             whose = Turn(turn.seed, found.round, turn.rounds, client)
             frame = Frame(bytes(8), found.round, fields, {})
-            mask = self.reconstruct(told, read_reply(frame, self, told, whose, {}).payload, whose).bits["mask"]
-            votes.add(mask)
-        return self.cast(state, votes.votes(), votes.masks, 0.0, found.anew)
+            tally.add(self.reconstruct(told, read_reply(frame, self, told, whose, {}).payload, whose))
+        return self.moved(state, tally, found.anew)
 
     # Client
 

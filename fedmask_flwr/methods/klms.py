@@ -35,9 +35,9 @@ from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
 from .base import Fields, Memory, Turn
 from .beta import trained_theta
+from .budget import FRAME
 from .following import FollowedConfig, FollowedMethod
 
-FRAME = 64  # bytes of a reply's frame around its body
 REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
 
 

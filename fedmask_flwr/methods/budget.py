@@ -1,0 +1,33 @@
+"""Flips of a mask that a budget of bytes pays for."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmask_flwr.wire import Bits, SideInfo, coded_bytes, expected_bytes, pack_bits
+
+FRAME = 64
+"""Bytes of a reply's frame around its body, at most."""
+
+
+def affordable(
+    mask: npt.NDArray[np.bool_], flips: npt.NDArray[np.int64], known: SideInfo, target_bpp: float
+) -> int:
+    """How many of the flips of ``mask`` (d,), from the first on, ``target_bpp`` bits a parameter pay for."""
+    budget = target_bpp * mask.size / 8 - FRAME
+
+    def flipped(keep: int) -> Bits:
+        tried = mask.copy()
+        tried[flips[:keep]] ^= True
+        return pack_bits(tried)
+
+    low, high = 0, flips.size + 1
+    while high - low > max(1, low // 64):
+        middle = (low + high) // 2
+        low, high = (middle, high) if expected_bytes(flipped(middle), known) <= budget else (low, middle)
+    while low and (spent := coded_bytes(flipped(low), known)) > budget:  # expectation has its limits
+        low = min(low - 1, max(0, math.floor(low * budget / spent)))
+    return low

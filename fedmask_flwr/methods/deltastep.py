@@ -1,0 +1,115 @@
+"""DeltaStep: send few of the flips, let theta step by many times their mean.
+
+Ours: the seeded differences of DeltaMask (arXiv 2311.17299), a sampled share of the change as in unbiased
+sparsification (Wangni et al., arXiv 1710.09854), and the guess as a control variate of the vote.
+
+Both ends draw m_g = 1[u < theta_g] from the same keyed uniforms u of (round, client). The client samples a share
+1/step of its change, m_k = 1[u < theta_g + (theta_k - theta_g)/step], which differs from m_g at
+|theta_k - theta_g|/step of the positions. The server moves theta, it does not vote anew:
+
+    theta <- clip(theta + step * mean_k(m_k - m_g,k), epsilon, 1 - epsilon)
+
+In expectation that is the mean of theta_k. The variance that FedPM adds in each round by drawing all bits anew,
+theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g|/K, is there instead.
+
+Travels: up, an exact code of the flips, about 1/step of what DeltaMask sends; never more than ``target-bpp``, where
+that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
+
+Settings: as FedPM; step 4. There is no posterior, so no prior, window or estimator. A larger step sends less in a
+round and takes more rounds; the fewer devices in a round, the smaller it should be.
+
+Limits: steps are as noisy as flips are few. The server must decode each client by itself, so secure aggregation of
+sums does not apply.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, Literal, final
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field
+from torch import nn
+from torch.optim import Optimizer
+
+from fedmask_flwr.masks import MaskSpec, words
+from fedmask_flwr.wire import Bits, Payload, pack_bits, unpack_bits
+
+from .base import Memory, Turn
+from .beta import BetaState, Tally, trained_theta
+from .budget import affordable
+from .following import FollowedConfig, FollowedMethod
+
+LEVELS = 2520
+"""Steps of theta between 0 and 1: exact for up to ten devices, and one flip among 10,000 still counts."""
+
+
+class DeltaStepConfig(FollowedConfig):
+    """FedPM's settings of training, and the step."""
+
+    prior: float = Field(1.0, ge=1.0, le=1.0, description="there is no posterior")
+    reset: int = Field(0, ge=0, le=0, description="there is no window")
+    estimator: Literal["mode"] = "mode"
+    step: float = Field(4.0, ge=1.0, description="a share 1/step of the change is sampled, and counts step times")
+    target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter that no round exceeds; 0: any")
+
+
+@final
+class DeltaStep(FollowedMethod):
+    """See the module's card."""
+
+    name: ClassVar[str] = "deltastep"
+    exact: ClassVar[bool] = True
+    counted: ClassVar[tuple[str, ...]] = ("mask", "guess")
+    Config: ClassVar[type[FollowedConfig]] = DeltaStepConfig
+
+    def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
+        super().__init__(spec, model, config, fraction=fraction)
+        self._guessed: tuple[Payload | None, Turn | None, Bits] = (None, None, np.empty(0, np.uint8))
+
+    def guess(self, got: Payload, turn: Turn) -> Bits:
+        """m_g, packed; the last one is kept, as a reply is read with it and then counted against it."""
+        if self._guessed[0] is not got or self._guessed[1] != turn:
+            self._guessed = got, turn, super().guess(got, turn)
+        return self._guessed[2]
+
+    def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
+        """m_g with the flips that a share of the change asks for."""
+        theta_g = self.theta(got)
+        change = trained_theta(optimizer).astype(np.float64) - theta_g
+        mask = unpack_bits(self.guess(got, turn), self.numel)
+        flips = np.flatnonzero(mask != self.draw(theta_g + change / self.config.step, turn))
+        if self.config.target_bpp > 0.0:
+            flips = flips[np.argsort(self._share(theta_g, change, flips, turn), kind="stable")]
+            flips = flips[: affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)]
+        mask[flips] ^= True
+        return Payload(bits={"mask": pack_bits(mask)})
+
+    def _share(
+        self,
+        theta_g: npt.NDArray[np.float64],
+        change: npt.NDArray[np.float64],
+        flips: npt.NDArray[np.int64],
+        turn: Turn,
+    ) -> npt.NDArray[np.float64]:
+        """The share of the change that each flip needs: those with the least are a sample of a smaller share."""
+        u = (words(self._key(turn), self.numel)[flips].astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
+        return np.asarray((u - theta_g[flips]) / change[flips])
+
+    def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
+        """The mask, and the one that it is counted against."""
+        return Payload(bits={**reply.bits, "guess": self.guess(got, turn)})
+
+    def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
+        """Theta, ``step`` times the mean of the flips further: float64 * and /, rounded once, equal anywhere."""
+        start = state.ones.astype(np.float64) if state.total else round(self.config.theta0 * LEVELS)
+        votes = tally.votes()
+        change = votes["mask"].astype(np.float64) - votes["guess"]
+        found = np.rint(start + self.config.step * LEVELS * change / tally.masks)
+        low = math.ceil(self.config.epsilon * LEVELS)
+        return BetaState(np.clip(found, low, LEVELS - low).astype(np.uint32), LEVELS, 1, 0.0)
+
+    def anew(self, state: BetaState) -> bool:
+        """Always: theta is all there is."""
+        return True
