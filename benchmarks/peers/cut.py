@@ -1,4 +1,4 @@
-"""CIFAR-10 (JPEG q75): the first 20,000 training images and the whole test set, which two cores can train on."""
+"""CIFAR-10 (JPEG q75, from compare/prepare.py): the first 20,000 training images and the whole test set."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ TRAIN = 20_000
 
 def cifar10(split, data_dir):
     """Images and labels of a split."""
-    whole = data.load("cifar10", split, data_dir)
+    whole = data.load("npz", split, data_dir)
     rows = slice(TRAIN) if split == "train" else slice(None)
     return whole.x[rows], whole.y[rows]

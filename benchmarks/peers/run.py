@@ -2,6 +2,7 @@
 
     python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist
     python benchmarks/peers/run.py mnist --data-dir ../shared/data/mnist --only klms,fedpm --seeds 1 --rounds 6
+    python benchmarks/peers/run.py hapt --data-dir DIR/hapt      # DIR: what benchmarks/compare/prepare.py wrote
     python benchmarks/peers/run.py digits --quick
 
 Ten clients with IID parts (HAPT: its thirty users), three local epochs; every method with its own defaults, but for
@@ -39,6 +40,7 @@ EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
 ROWS = {
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
+    "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
     "deltamask exact by votes": {"method": "deltamask", **EXACT, "downlink": "votes"},
     "deltamask faithful": {"method": "deltamask", "codec": "fuse8+png"},
@@ -56,7 +58,7 @@ DATA = {
     "held-out": {"data": "benchmarks.settings:unit", "model": "mlp", "clients": 10},
     "digits": {"data": "digits", "model": "mlp", "clients": 10},
     "cifar10": {"data": "benchmarks.peers.cut:cifar10", "model": "lenet5", "clients": 10},
-    "hapt": {"data": "hapt", "model": "har", "partition": "group", "clients": 30},
+    "hapt": {"data": "npz", "model": "har", "partition": "group", "clients": 30},
 }
 TARGETS = {
     "mnist": (0.9, 0.95, 0.96),
