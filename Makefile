@@ -38,8 +38,8 @@ demo: install ## ten simulated devices learn a mask of a random network on digit
 test: install ## the default tests, under ten minutes
 	$(BIN)/python -m pytest $(PARALLEL)
 
-slow: install ## the slow tests, without those on containers; two simulations at a time
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "slow and not docker"
+slow: install ## the slow tests, without those on containers; many of them wait for Flower, so three at a time
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m "slow and not docker and not other_flower"
 
 # The stand-in base image of the test bed, where that is; a BASE_IMAGE of one's own goes first.
 TESTBED := ../shared/testbed/engine.sh
@@ -65,8 +65,7 @@ check: install ## ruff, mypy --strict, import-linter
 	$(BIN)/lint-imports
 
 flwr141: $(VENV141)/.done ## the Flower-facing tests and a real run on flwr 1.41
-	$(VENV141)/bin/python -m pytest $(PARALLEL) -m "flower and not slow and not each_method"
-	$(VENV141)/bin/python -m pytest -m slow tests/test_cli.py
+	$(VENV141)/bin/python -m pytest $(PARALLEL) -m "flower and not each_method and (other_flower or not slow)"
 
 fab: install ## build the Flower App Bundle into dist/
 	mkdir -p dist && cd dist && $(CURDIR)/$(BIN)/flwr build --app $(CURDIR)

@@ -69,8 +69,7 @@ CASES = {
     "deltastep-relay": Case(
         "deltastep",
         oracles.deltastep,
-        {"step": 3.0, "downlink": "relay", "target_bpp": 0.5},
-        bpp_up=0.5,
+        {"step": 3.0, "downlink": "relay"},
         flip_rate=0.0,
     ),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),

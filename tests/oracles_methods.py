@@ -44,9 +44,10 @@ def beta(method, rounds):
 
 def deltastep(method, rounds):
     """Theta, position by position, on a grid of 2520 steps; ``rounds`` holds lists of updates."""
-    step, grid = Fraction(method.config.step), 2520
+    grid = 2520
     low, theta = math.ceil(method.config.epsilon * grid), [round(method.config.theta0 * grid)] * method.numel
     for updates in filter(None, rounds):
+        step = Fraction(updates[0].payload.meta["step"])
         for i in range(method.numel):
             mask, guess = (
                 sum(int(u.payload.bits[name][i // 8]) >> (i % 8) & 1 for u in updates) for name in ("mask", "guess")

@@ -364,6 +364,7 @@ def load(split, data_dir):
 
 @pytest.mark.flower
 @pytest.mark.slow
+@pytest.mark.other_flower
 def test_run_with_flower(tmp_path, monkeypatch):
     token = os.urandom(16).hex()
     monkeypatch.setattr(sandbox.secrets, "token_hex", lambda _n: token)

@@ -29,7 +29,7 @@ from fedmask_flwr.masks import (
     thresholds,
     write_mask,
 )
-from fedmask_flwr.wire import Bits, Counts, Payload, WireError, pack_bits
+from fedmask_flwr.wire import Bits, Counts, Payload, Scalar, WireError, pack_bits
 
 from .base import Fields, Memory, Method, MethodConfig, Training, Turn, Update, View
 from .trail import Trail
@@ -63,6 +63,7 @@ class Tally:
     def __init__(self, numel: int, names: Iterable[str]) -> None:
         self._counters = {name: VoteCounter(numel) for name in names}
         self.masks, self.flips = 0, 0.0
+        self.meta: Mapping[str, Scalar] = {}  # of the last reply
 
     def add(self, payload: Payload, flip_rate: float = 0.0) -> None:
         """Count a reply, whose codec flipped each bit with probability ``flip_rate``."""
@@ -70,6 +71,7 @@ class Tally:
             counter.add(payload.bits[name])
         self.masks += 1
         self.flips += flip_rate
+        self.meta = payload.meta
 
     def votes(self) -> dict[str, npt.NDArray[np.uint32]]:
         """M (d,) of each name."""

@@ -36,8 +36,8 @@ from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
 
 from .base import Memory, Turn
 from .beta import trained_theta
-from .budget import affordable
 from .following import FollowedConfig, FollowedMethod
+from .rates import affordable, cosine
 
 
 class DeltaMaskConfig(FollowedConfig):
@@ -61,20 +61,14 @@ class DeltaMask(FollowedMethod):
         """m_g with the kept flips applied."""
         theta_k, mask = trained_theta(optimizer), unpack_bits(self.guess(got, turn), self.numel)
         flips = np.flatnonzero(mask != self.draw(theta_k, turn))
-        flips = by_kl(flips, theta_k, self.theta(got))[: math.ceil(kappa_at(self.config, turn) * flips.size)]
+        flips = by_kl(flips, theta_k, self.theta(got))[
+            : math.ceil(cosine(self.config.kappa, self.config.kappa_min, turn) * flips.size)
+        ]
         keep = flips.size
         if self.config.target_bpp > 0.0:
             keep = affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)
         mask[flips[:keep]] ^= True
         return Payload(bits={"mask": pack_bits(mask)})
-
-
-def kappa_at(config: DeltaMaskConfig, turn: Turn) -> float:
-    """kappa_t = kappa_min + (kappa - kappa_min)(1 + cos(pi t / T)) / 2 with t = round - 1, T = rounds - 1."""
-    if turn.rounds <= 1:
-        return config.kappa
-    angle = math.pi * (turn.round - 1) / (turn.rounds - 1)
-    return config.kappa_min + (config.kappa - config.kappa_min) * (1.0 + math.cos(angle)) / 2.0
 
 
 def by_kl(

@@ -15,8 +15,9 @@ theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g
 Travels: up, an exact code of the flips, about 1/step of what DeltaMask sends; never more than ``target-bpp``, where
 that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
 
-Settings: as FedPM; step 4. There is no posterior, so no prior, window or estimator. A larger step sends less in a
-round and takes more rounds; the fewer devices in a round, the smaller it should be.
+Settings: as FedPM; step from 4 to ``step-min`` 1 on a cosine over the run, as the last rounds want little noise.
+There is no posterior, so no prior, window or estimator. A larger step sends less in a round and takes more rounds;
+the fewer devices in a round, the smaller it should be.
 
 Limits: steps are as noisy as flips are few. The server must decode each client by itself, so secure aggregation of
 sums does not apply.
@@ -38,8 +39,8 @@ from fedmask_flwr.wire import Bits, Payload, pack_bits, unpack_bits
 
 from .base import Memory, Turn
 from .beta import BetaState, Tally, trained_theta
-from .budget import affordable
 from .following import FollowedConfig, FollowedMethod
+from .rates import affordable, cosine
 
 LEVELS = 2520
 """Steps of theta between 0 and 1: exact for up to ten devices, and one flip among 10,000 still counts."""
@@ -52,6 +53,7 @@ class DeltaStepConfig(FollowedConfig):
     reset: int = Field(0, ge=0, le=0, description="there is no window")
     estimator: Literal["mode"] = "mode"
     step: float = Field(4.0, ge=1.0, description="a share 1/step of the change is sampled, and counts step times")
+    step_min: float = Field(1.0, ge=1.0, description="the step of the last round")
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter that no round exceeds; 0: any")
 
 
@@ -79,7 +81,7 @@ class DeltaStep(FollowedMethod):
         theta_g = self.theta(got)
         change = trained_theta(optimizer).astype(np.float64) - theta_g
         mask = unpack_bits(self.guess(got, turn), self.numel)
-        flips = np.flatnonzero(mask != self.draw(theta_g + change / self.config.step, turn))
+        flips = np.flatnonzero(mask != self.draw(theta_g + change / self.step(turn), turn))
         if self.config.target_bpp > 0.0:
             flips = flips[np.argsort(self._share(theta_g, change, flips, turn), kind="stable")]
             flips = flips[: affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)]
@@ -98,15 +100,19 @@ class DeltaStep(FollowedMethod):
         return np.asarray((u - theta_g[flips]) / change[flips])
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
-        """The mask, and the one that it is counted against."""
-        return Payload(bits={**reply.bits, "guess": self.guess(got, turn)})
+        """The mask, the one that it is counted against, and how often their difference counts."""
+        return Payload(bits={**reply.bits, "guess": self.guess(got, turn)}, meta={"step": self.step(turn)})
+
+    def step(self, turn: Turn) -> float:
+        """From ``step`` to ``step_min`` on a cosine, in 64ths: machines differ in a cosine's last bit."""
+        return round(64.0 * cosine(self.config.step, self.config.step_min, turn)) / 64.0
 
     def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
         """Theta, ``step`` times the mean of the flips further: float64 * and /, rounded once, equal anywhere."""
         start = state.ones.astype(np.float64) if state.total else round(self.config.theta0 * LEVELS)
         votes = tally.votes()
         change = votes["mask"].astype(np.float64) - votes["guess"]
-        found = np.rint(start + self.config.step * LEVELS * change / tally.masks)
+        found = np.rint(start + float(tally.meta["step"]) * LEVELS * change / tally.masks)
         low = math.ceil(self.config.epsilon * LEVELS)
         return BetaState(np.clip(found, low, LEVELS - low).astype(np.uint32), LEVELS, 1, 0.0)
 

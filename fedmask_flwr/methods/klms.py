@@ -35,8 +35,8 @@ from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
 from .base import Fields, Memory, Turn
 from .beta import trained_theta
-from .budget import FRAME
 from .following import FollowedConfig, FollowedMethod
+from .rates import FRAME
 
 REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
 

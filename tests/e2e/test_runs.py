@@ -18,10 +18,8 @@ import pytest
 from test_docs import commands
 
 from fedmask_flwr.simulation.sandbox import scripts
-from fedmask_flwr.wire import Frame
 
 ROOT = Path(__file__).parents[2]
-MNIST = ROOT.parent / "shared/data/mnist"
 pytestmark = [pytest.mark.slow, pytest.mark.flower]
 
 
@@ -174,14 +172,3 @@ def test_flwr_run_does_the_same_thing(tmp_path):
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
             time.sleep(0.1)
-
-
-def test_mnist(tmp_path):
-    """The first 4 of the 30 rounds kept in benchmarks/results/mnist.json, on other seeds than those."""
-    assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
-    options = f"--method deltamask --data mnist --data-dir {MNIST} --model mlp --clients 10 --local-epochs 3"
-    lines = fedmask(f"{options} --rounds 4", tmp_path / "run")
-    assert lines[-1]["accuracy_threshold"] >= 0.95
-    assert 4 * mean_bpp(lines) <= 1.6  # bits a parameter so far; 30 rounds at 0.2 would be 6
-    frame = Frame.parse((tmp_path / "run/mask.fedmask").read_bytes())
-    assert frame.fields[0].numel == 266_200

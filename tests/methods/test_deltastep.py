@@ -43,7 +43,7 @@ def somewhere(seed=1):
 
 @pytest.mark.parametrize("step", [1.0, 4.0])
 def test_it_sends_a_sample_of_a_share_of_the_change(step):
-    found, turn, got = method(step=step), Turn(1, 2, 5, 3), somewhere()
+    found, turn, got = method(step=step, step_min=step), Turn(1, 2, 5, 3), somewhere()
     model, optimizer = trained(found, turn, got)
     mask = unpack_bits(found.finish(got, model, optimizer, turn, {}).bits["mask"], D)
     theta_g, theta_k = found.theta(got), trained_theta(optimizer).astype(np.float64)
@@ -58,7 +58,7 @@ def test_it_sends_a_sample_of_a_share_of_the_change(step):
 def test_a_budget_is_a_smaller_share(target):
     """The flips that are paid for are those of one smaller share, not any of them."""
     turn, got = Turn(1, 2, 5, 3), somewhere()
-    found, free = method(step=1.0, target_bpp=target), method(step=1.0)
+    found, free = method(step=1.0, step_min=1.0, target_bpp=target), method(step=1.0, step_min=1.0)
     model, optimizer = trained(found, turn, got)
     theta_g = found.theta(got)
     change = trained_theta(optimizer).astype(np.float64) - theta_g
@@ -73,7 +73,7 @@ def test_a_budget_is_a_smaller_share(target):
 
 @given(
     st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=7),
-    st.floats(1.0, 9.0),
+    st.integers(64, 600).map(lambda n: n / 64),
     st.lists(st.integers(26, LEVELS - 26), min_size=5, max_size=5),
 )
 def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones):
@@ -84,7 +84,7 @@ def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones):
         Update(k, Payload(bits={
             "mask": pack_bits(np.array([r & 1 for r in reply], bool)),
             "guess": pack_bits(np.array([r >> 1 for r in reply], bool)),
-        }), 1.0, 0.0)
+        }, meta={"step": step}), 1.0, 0.0)
         for k, reply in enumerate(replies)
     ]  # fmt: skip
     after = found.aggregate(state, updates)
@@ -96,7 +96,7 @@ def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones):
 
 def test_the_mean_of_theta_is_the_mean_of_the_clients():
     """Over many draws of u: unbiased, whatever the step."""
-    found, got = method(step=3.0), somewhere()
+    found, got = method(step=3.0, step_min=3.0), somewhere()
     model, optimizer = trained(found, Turn(1, 2, 5, 0), got)
     theta_g = found.theta(got)
     change, total, n = trained_theta(optimizer).astype(np.float64) - theta_g, np.zeros(D), 400
@@ -122,7 +122,19 @@ def test_every_device_follows_theta(way):
     assert fleet.down < (1.0 if way == "relay" else 1.02) * whole.down
 
 
-@pytest.mark.parametrize("settings", [{"prior": 2.0}, {"reset": 3}, {"estimator": "mean"}, {"step": 0.5}])
+@pytest.mark.parametrize(
+    "settings", [{"prior": 2.0}, {"reset": 3}, {"estimator": "mean"}, {"step": 0.5}, {"step_min": 0.5}]
+)
 def test_settings_of_a_posterior_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         method(**settings)
+
+
+def test_the_step_shrinks_over_the_run():
+    found = method(step=6.0, step_min=2.0)
+    steps_ = [found.step(Turn(1, r, 5, 0)) for r in range(1, 6)]
+    assert steps_[0] == 6.0
+    assert steps_[2] == 4.0
+    assert steps_[4] == 2.0
+    assert steps_ == sorted(steps_, reverse=True)
+    assert found.step(Turn(1, 1, 1, 0)) == 6.0

@@ -1,4 +1,4 @@
-"""Flips of a mask that a budget of bytes pays for."""
+"""How much of a change travels: what a budget pays for, and how that changes over a run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from fedmask_flwr.wire import Bits, SideInfo, coded_bytes, expected_bytes, pack_bits
+
+from .base import Turn
 
 FRAME = 64
 """Bytes of a reply's frame around its body, at most."""
@@ -31,3 +33,11 @@ def affordable(
     while low and (spent := coded_bytes(flipped(low), known)) > budget:  # expectation has its limits
         low = min(low - 1, max(0, math.floor(low * budget / spent)))
     return low
+
+
+def cosine(first: float, last: float, turn: Turn) -> float:
+    """Go from ``first`` to ``last``: last + (first - last)(1 + cos(pi t/T))/2 with t = round - 1, T = rounds - 1."""
+    if turn.rounds <= 1:
+        return first
+    angle = math.pi * (turn.round - 1) / (turn.rounds - 1)
+    return last + (first - last) * (1.0 + math.cos(angle)) / 2.0
