@@ -70,6 +70,7 @@ CASES = {
         "deltastep",
         oracles.deltastep,
         {"step": 3.0, "downlink": "relay"},
+        accuracy=0.7,
         flip_rate=0.0,
     ),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),

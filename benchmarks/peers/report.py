@@ -14,6 +14,7 @@ from benchmarks.ratios import Ratio  # noqa: E402
 
 Run = Mapping[str, Any]
 SAMPLED = "klms at 0.03"
+EXACT = ("deltastep", "deltamask exact")
 DENSE_BITS = 64.0  # FedAvg with float32, up and down
 
 
@@ -71,24 +72,26 @@ def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
 
     ideal = [rounds_to(run, accuracy) for run in named(runs, "fedpm")]
     fedpm = mean([float(r) for r in ideal if r]) if ideal and None not in ideal else None  # one bit a round
-    faithful, sampled, exact = up("deltamask faithful"), up(SAMPLED), up("deltamask exact")
+    faithful, sampled = up("deltamask faithful"), up(SAMPLED)
     to = f"{data}: uplink bits to {accuracy:.0%}"
     pairs = [
         (f"{to}: FedPM's ideal bit / {SAMPLED}", fedpm, sampled, 25.0),
-        (f"{to}: FedPM's ideal bit / deltamask exact", fedpm, exact, 7.0),
+        *((f"{to}: FedPM's ideal bit / {name}", fedpm, up(name), 7.0) for name in EXACT),
         (f"{to}: DeltaMask faithful / {SAMPLED}", faithful, sampled, 3.0),
     ]
     out = [Ratio(name, over / under, target) for name, over, under, target in pairs if over and under]
-    for name, target in ((SAMPLED, 200.0), ("deltamask exact", 50.0)):
+    for name, target in ((SAMPLED, 200.0), *((name, 50.0) for name in EXACT)):
         if mine := named(runs, name):
             label = f"{data}: both directions, a round from 10 on: FedAvg float32 / {name}"
             out.append(Ratio(label, DENSE_BITS / max(late_bits(run) for run in mine), target))
     if mine := named(runs, SAMPLED):
         sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
         out.append(Ratio(f"{data}: {SAMPLED}, mean uplink, bits a parameter and round", sent, 0.09, "at most"))
-        if theirs := [final_accuracy(run) for run in named(runs, "fedpm")]:
+    theirs = [final_accuracy(run) for run in named(runs, "fedpm")]
+    for name in (SAMPLED, EXACT[0]):
+        if theirs and (mine := named(runs, name)):
             ahead = mean([final_accuracy(run) for run in mine]) - mean(theirs)
-            label = f"{data}: last accuracy, {SAMPLED} - fedpm (fedpm's seeds span {max(theirs) - min(theirs):.4f})"
+            label = f"{data}: last accuracy, {name} - fedpm (fedpm's seeds span {max(theirs) - min(theirs):.4f})"
             out.append(Ratio(label, ahead, min(theirs) - max(theirs)))
     return out
 

@@ -36,7 +36,7 @@ def affordable(
 
 
 def cosine(first: float, last: float, turn: Turn) -> float:
-    """Go from ``first`` to ``last``: last + (first - last)(1 + cos(pi t/T))/2 with t = round - 1, T = rounds - 1."""
+    """Go to ``last``: last + (first - last)(1 + cos(pi t/T))/2 with t = round - 1, T = rounds - 1."""
     if turn.rounds <= 1:
         return first
     angle = math.pi * (turn.round - 1) / (turn.rounds - 1)

@@ -18,13 +18,17 @@ MNIST = Path(__file__).parents[3] / "shared/data/mnist"
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize(("method", "bits"), [("deltamask", 1.6), ("deltastep", 0.4)])
-def test_four_rounds_of_mnist(method, bits, tmp_path):
+@pytest.mark.parametrize(
+    ("settings", "rounds", "bits"),
+    [({"method": "deltamask"}, 4, 1.6), ({"method": "deltastep", "step-min": 4.0}, 5, 0.4)],
+    ids=["deltamask", "deltastep"],
+)
+def test_rounds_of_mnist(settings, rounds, bits, tmp_path):
     """95 % after so many bits a parameter up; seed 7 is none of those that results were kept of."""
     assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
     config = {
-        "method": method, "data": "mnist", "data-dir": str(MNIST), "model": "mlp", "clients": 10, "min-nodes": 10,
-        "num-server-rounds": 4, "out": str(tmp_path / "run"), "memory-dir": str(tmp_path / "memory"),
+        **settings, "data": "mnist", "data-dir": str(MNIST), "model": "mlp", "clients": 10, "min-nodes": 10,
+        "num-server-rounds": rounds, "out": str(tmp_path / "run"), "memory-dir": str(tmp_path / "memory"),
     }  # fmt: skip
     serve(LoopbackGrid(app, 10, config), Context(1, 1, {}, RecordDict(), config))
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
