@@ -73,6 +73,15 @@ CASES = {
         accuracy=0.7,
         flip_rate=0.0,
     ),
+    "drawstep": Case("drawstep", oracles.drawstep, {"step": 1.5}, reply=oracles.klms_reply, flip_rate=0.0),
+    "drawstep-relay": Case(
+        "drawstep",
+        oracles.drawstep,
+        {"step": 1.5, "downlink": "relay"},
+        accuracy=0.7,
+        reply=oracles.klms_reply,
+        flip_rate=0.0,
+    ),
     "fedavg": Case("fedavg", oracles.fedavg, exact=False, bpp_up=32.0),
     "fedmask": Case("fedmask", fedmask.fedmask, bpp_up=1.6, lr=0.1, reply=fedmask.reply, visible=fedmask.visible),
     "fedmask-bit": Case(

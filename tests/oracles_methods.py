@@ -43,17 +43,25 @@ def beta(method, rounds):
 
 
 def deltastep(method, rounds):
-    """Theta, position by position, on a grid of 2520 steps; ``rounds`` holds lists of updates."""
+    """Theta, position by position: it moves by the flips between guess and mask."""
+    return stepped(method, rounds, lambda bits, theta: bits["mask"] - bits["guess"])
+
+
+def drawstep(method, rounds):
+    """Theta, position by position: it moves by what the masks have more than it."""
+    return stepped(method, rounds, lambda bits, theta: bits["mask"] - theta)
+
+
+def stepped(method, rounds, change):
+    """On a grid of 2520 steps; ``rounds`` holds lists of updates, ``change`` is of one reply at one position."""
     grid = 2520
     low, theta = math.ceil(method.config.epsilon * grid), [round(method.config.theta0 * grid)] * method.numel
     for updates in filter(None, rounds):
         step = Fraction(updates[0].payload.meta["step"])
         for i in range(method.numel):
-            mask, guess = (
-                sum(int(u.payload.bits[name][i // 8]) >> (i % 8) & 1 for u in updates) for name in ("mask", "guess")
-            )
-            moved = round(theta[i] + step * grid * (mask - guess) / len(updates))
-            theta[i] = min(max(moved, low), grid - low)
+            bits = [{name: int(b[i // 8]) >> (i % 8) & 1 for name, b in u.payload.bits.items()} for u in updates]
+            mean = sum(Fraction(change(b, Fraction(theta[i], grid))) for b in bits) / len(updates)
+            theta[i] = min(max(round(theta[i] + step * grid * mean), low), grid - low)
     return [t / grid for t in theta]
 
 

@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.ratios import Ratio  # noqa: E402
 
 Run = Mapping[str, Any]
-SAMPLED = "klms at 0.03"
+SAMPLED = ("drawstep", "klms at 0.03")
 EXACT = ("deltastep", "deltamask exact")
 DENSE_BITS = 64.0  # FedAvg with float32, up and down
 
@@ -72,23 +72,24 @@ def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
 
     ideal = [rounds_to(run, accuracy) for run in named(runs, "fedpm")]
     fedpm = mean([float(r) for r in ideal if r]) if ideal and None not in ideal else None  # one bit a round
-    faithful, sampled = up("deltamask faithful"), up(SAMPLED)
+    faithful = up("deltamask faithful")
     to = f"{data}: uplink bits to {accuracy:.0%}"
     pairs = [
-        (f"{to}: FedPM's ideal bit / {SAMPLED}", fedpm, sampled, 25.0),
+        *((f"{to}: FedPM's ideal bit / {name}", fedpm, up(name), 25.0) for name in SAMPLED),
         *((f"{to}: FedPM's ideal bit / {name}", fedpm, up(name), 7.0) for name in EXACT),
-        (f"{to}: DeltaMask faithful / {SAMPLED}", faithful, sampled, 3.0),
+        *((f"{to}: DeltaMask faithful / {name}", faithful, up(name), 3.0) for name in SAMPLED + EXACT),
     ]
     out = [Ratio(name, over / under, target) for name, over, under, target in pairs if over and under]
-    for name, target in ((SAMPLED, 200.0), *((name, 50.0) for name in EXACT)):
+    for name, target in (*((name, 200.0) for name in SAMPLED), *((name, 50.0) for name in EXACT)):
         if mine := named(runs, name):
             label = f"{data}: both directions, a round from 10 on: FedAvg float32 / {name}"
             out.append(Ratio(label, DENSE_BITS / max(late_bits(run) for run in mine), target))
-    if mine := named(runs, SAMPLED):
-        sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
-        out.append(Ratio(f"{data}: {SAMPLED}, mean uplink, bits a parameter and round", sent, 0.09, "at most"))
+    for name in SAMPLED:
+        if mine := named(runs, name):
+            sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
+            out.append(Ratio(f"{data}: {name}, mean uplink, bits a parameter and round", sent, 0.09, "at most"))
     theirs = [final_accuracy(run) for run in named(runs, "fedpm")]
-    for name in (SAMPLED, EXACT[0]):
+    for name in (*SAMPLED, EXACT[0]):
         if theirs and (mine := named(runs, name)):
             ahead = mean([final_accuracy(run) for run in mine]) - mean(theirs)
             label = f"{data}: last accuracy, {name} - fedpm (fedpm's seeds span {max(theirs) - min(theirs):.4f})"

@@ -40,6 +40,7 @@ EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
 ROWS = {
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
+    "drawstep": {"method": "drawstep", "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
     "deltamask exact by votes": {"method": "deltamask", **EXACT, "downlink": "votes"},
@@ -67,7 +68,7 @@ TARGETS = {
     "cifar10": (0.3, 0.4, 0.5),
     "hapt": (0.7, 0.8, 0.85),
 }
-QUICK = {"seeds": "1", "rounds": 2, "only": "klms at 0.03,deltamask exact,fedpm"}
+QUICK = {"seeds": "1", "rounds": 2, "only": "drawstep,deltastep,fedpm"}
 KEPT = ("round", "accuracy_threshold", "accuracy_sampled", "uplink_bytes", "downlink_bytes", "uplink_bpp",
         "flower_uplink_bytes", "flower_downlink_bytes", "clients_failed", "seconds")  # fmt: skip
 

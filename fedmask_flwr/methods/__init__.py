@@ -24,6 +24,7 @@ BUILTIN = {
     "confedmade": "fedmask_flwr.methods.confedmade:ConfedMADE",
     "deltamask": "fedmask_flwr.methods.deltamask:DeltaMask",
     "deltastep": "fedmask_flwr.methods.deltastep:DeltaStep",
+    "drawstep": "fedmask_flwr.methods.drawstep:DrawStep",
     "eden": "fedmask_flwr.methods.eden:Eden",
     "fedavg": "fedmask_flwr.methods.fedavg:FedAvg",
     "fedcode": "fedmask_flwr.methods.fedcode:FedCode",

@@ -25,8 +25,8 @@ sums does not apply.
 
 from __future__ import annotations
 
-import math
-from typing import Any, ClassVar, Literal, final
+from collections.abc import Mapping
+from typing import Any, ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
@@ -38,32 +38,26 @@ from fedmask_flwr.masks import MaskSpec, words
 from fedmask_flwr.wire import Bits, Payload, pack_bits, unpack_bits
 
 from .base import Memory, Turn
-from .beta import BetaState, Tally, trained_theta
-from .following import FollowedConfig, FollowedMethod
-from .rates import affordable, cosine
-
-LEVELS = 2520
-"""Steps of theta between 0 and 1: exact for up to ten devices, and one flip among 10,000 still counts."""
+from .beta import trained_theta
+from .following import FollowedConfig
+from .rates import affordable
+from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
 
 
-class DeltaStepConfig(FollowedConfig):
-    """FedPM's settings of training, and the step."""
+class DeltaStepConfig(SteppingConfig):
+    """The step's settings, and a budget."""
 
-    prior: float = Field(1.0, ge=1.0, le=1.0, description="there is no posterior")
-    reset: int = Field(0, ge=0, le=0, description="there is no window")
-    estimator: Literal["mode"] = "mode"
-    step: float = Field(4.0, ge=1.0, description="a share 1/step of the change is sampled, and counts step times")
-    step_min: float = Field(1.0, ge=1.0, description="the step of the last round")
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter that no round exceeds; 0: any")
 
 
 @final
-class DeltaStep(FollowedMethod):
+class DeltaStep(SteppingMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "deltastep"
     exact: ClassVar[bool] = True
     counted: ClassVar[tuple[str, ...]] = ("mask", "guess")
+    first: ClassVar[float] = 4.0
     Config: ClassVar[type[FollowedConfig]] = DeltaStepConfig
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
@@ -78,44 +72,24 @@ class DeltaStep(FollowedMethod):
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """m_g with the flips that a share of the change asks for."""
-        theta_g = self.theta(got)
-        change = trained_theta(optimizer).astype(np.float64) - theta_g
-        mask = unpack_bits(self.guess(got, turn), self.numel)
-        flips = np.flatnonzero(mask != self.draw(theta_g + change / self.step(turn), turn))
+        theta_g, mask = self.theta(got), unpack_bits(self.guess(got, turn), self.numel)
+        theta = self.sampled(theta_g, trained_theta(optimizer), turn)
+        flips = np.flatnonzero(mask != self.draw(theta, turn))
         if self.config.target_bpp > 0.0:
-            flips = flips[np.argsort(self._share(theta_g, change, flips, turn), kind="stable")]
+            flips = flips[np.argsort(self._share(theta_g, theta, flips, turn), kind="stable")]
             flips = flips[: affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)]
         mask[flips] ^= True
         return Payload(bits={"mask": pack_bits(mask)})
 
-    def _share(
-        self,
-        theta_g: npt.NDArray[np.float64],
-        change: npt.NDArray[np.float64],
-        flips: npt.NDArray[np.int64],
-        turn: Turn,
-    ) -> npt.NDArray[np.float64]:
+    def _share(self, theta_g: Theta, theta: Theta, flips: npt.NDArray[np.int64], turn: Turn) -> Theta:
         """The share of the change that each flip needs: those with the least are a sample of a smaller share."""
         u = (words(self._key(turn), self.numel)[flips].astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
-        return np.asarray((u - theta_g[flips]) / change[flips])
+        return np.asarray((u - theta_g[flips]) / (theta - theta_g)[flips])
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
-        """The mask, the one that it is counted against, and how often their difference counts."""
-        return Payload(bits={**reply.bits, "guess": self.guess(got, turn)}, meta={"step": self.step(turn)})
+        """The mask, the one that it is counted against, and the step."""
+        return self.stepped(Payload(bits={**reply.bits, "guess": self.guess(got, turn)}), turn)
 
-    def step(self, turn: Turn) -> float:
-        """From ``step`` to ``step_min`` on a cosine, in 64ths: machines differ in a cosine's last bit."""
-        return round(64.0 * cosine(self.config.step, self.config.step_min, turn)) / 64.0
-
-    def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
-        """Theta, ``step`` times the mean of the flips further: float64 * and /, rounded once, equal anywhere."""
-        start = state.ones.astype(np.float64) if state.total else round(self.config.theta0 * LEVELS)
-        votes = tally.votes()
-        change = votes["mask"].astype(np.float64) - votes["guess"]
-        found = np.rint(start + float(tally.meta["step"]) * LEVELS * change / tally.masks)
-        low = math.ceil(self.config.epsilon * LEVELS)
-        return BetaState(np.clip(found, low, LEVELS - low).astype(np.uint32), LEVELS, 1, 0.0)
-
-    def anew(self, state: BetaState) -> bool:
-        """Always: theta is all there is."""
-        return True
+    def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
+        """The mean of the flips."""
+        return LEVELS * (votes["mask"].astype(np.float64) - votes["guess"]) / masks

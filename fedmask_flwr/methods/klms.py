@@ -22,6 +22,7 @@ drawn by lot and equally large, which wastes little: a block's divergence hardly
 from __future__ import annotations
 
 import math
+from abc import ABC
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -49,11 +50,9 @@ class KlmsConfig(FollowedConfig):
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter; 0: as many as needed")
 
 
-@final
-class Klms(FollowedMethod):
-    """See the module's card."""
+class Sampling(FollowedMethod, ABC):
+    """A method whose clients send the numbers of candidates."""
 
-    name: ClassVar[str] = "klms"
     Config: ClassVar[type[FollowedConfig]] = KlmsConfig
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
@@ -70,10 +69,17 @@ class Klms(FollowedMethod):
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """The candidates chosen for the trained theta."""
-        theta_g, theta_k = self.theta(got), trained_theta(optimizer).astype(np.float64)
+        theta_g = self.theta(got)
+        theta_k = self.sampled(theta_g, trained_theta(optimizer), turn)
         draws = self._draws(turn, self.blocks(float(divergence(theta_k, theta_g).sum())))
         chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client), REST)
         return Payload(counts={"index": Counts(chosen, draws.size - 1)})
+
+    def sampled(
+        self, theta_g: NDArray[np.float64], theta_k: NDArray[np.floating[Any]], turn: Turn
+    ) -> NDArray[np.float64]:
+        """(d,) the probabilities that a client samples: as trained."""
+        return theta_k.astype(np.float64)
 
     def blocks(self, bits: float) -> int:
         """Number of blocks for a divergence of so many bits."""
@@ -95,3 +101,10 @@ class Klms(FollowedMethod):
 
     def _draws(self, turn: Turn, blocks: int) -> Draws:
         return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)
+
+
+@final
+class Klms(Sampling):
+    """See the module's card."""
+
+    name: ClassVar[str] = "klms"

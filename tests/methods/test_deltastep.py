@@ -12,7 +12,8 @@ from torch import nn
 
 from fedmask_flwr.methods import Training, Turn, Update
 from fedmask_flwr.methods.beta import BetaState, trained_theta
-from fedmask_flwr.methods.deltastep import LEVELS, DeltaStep, DeltaStepConfig
+from fedmask_flwr.methods.deltastep import DeltaStep, DeltaStepConfig
+from fedmask_flwr.methods.stepping import LEVELS
 from fedmask_flwr.wire import Counts, Payload, pack_bits, unpack_bits
 
 D = 2816

@@ -30,7 +30,7 @@ def turn_of(name, drift, target, **settings):
     return pack(reply, digest=model_digest(method.spec, model), round_=2, known=known), method
 
 
-@pytest.mark.parametrize("name", ["deltamask", "deltastep", "klms"])
+@pytest.mark.parametrize("name", ["deltamask", "deltastep", "drawstep", "klms"])
 @pytest.mark.parametrize("drift", [0.05, 0.3, 1.0, 3.0])
 def test_a_budget_holds_and_is_used(name, drift):
     settings = {"kappa": 1.0, "kappa_min": 1.0} if name == "deltamask" else {}

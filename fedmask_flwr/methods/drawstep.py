@@ -1,0 +1,58 @@
+"""DrawStep: send the number of a candidate mask, let theta step by more than the candidates.
+
+Ours: the candidates of KLMS (arXiv 2306.12625) for a share of the change, and a server that takes that share many
+times, as over-relaxation does.
+
+The client samples theta_g + (theta_k - theta_g)/step by minimal random coding and sends the numbers of its
+candidates. The server moves theta, it does not vote anew:
+
+    theta <- clip(theta + step * (mean_k(m_k) - theta), epsilon, 1 - epsilon)
+
+In expectation that is the mean of theta_k, as with KLMS, whose server is this one at step 1. But the numbers cost
+the divergence, which is the square of the change: half of the change, taken twice, costs a quarter. The price is
+variance, step^2 theta (1 - theta)/K a round, which drives theta to 0 and 1 sooner.
+
+Travels: up, b bits a block, about KL/step^2 * b / (b - margin) bits in all; never more than ``target-bpp``, where
+that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
+
+Settings: as KLMS; step from 2 to ``step-min`` 1 on a cosine over the run. There is no posterior, so no prior,
+window or estimator. The fewer devices in a round, the nearer to 1 the step should be.
+
+Limits: those of KLMS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, final
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmask_flwr.wire import Payload
+
+from .base import Turn
+from .following import FollowedConfig
+from .klms import KlmsConfig, Sampling
+from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
+
+
+class DrawStepConfig(SteppingConfig, KlmsConfig):
+    """The step's settings, and those of the code."""
+
+
+@final
+class DrawStep(SteppingMethod, Sampling):
+    """See the module's card."""
+
+    name: ClassVar[str] = "drawstep"
+    first: ClassVar[float] = 2.0
+    Config: ClassVar[type[FollowedConfig]] = DrawStepConfig
+
+    def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
+        """The mask that the indices stand for, and the step."""
+        return self.stepped(super().reconstruct(got, reply, turn), turn)
+
+    def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
+        """The mean of the candidates, less theta."""
+        return LEVELS * votes["mask"].astype(np.float64) / masks - start

@@ -1,0 +1,82 @@
+"""Theta that is moved by replies instead of being voted on anew."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, field_validator
+
+from fedmask_flwr.wire import Payload
+
+from .base import Turn
+from .beta import BetaState, Tally
+from .following import FollowedConfig, FollowedMethod
+from .rates import cosine
+
+Theta: TypeAlias = npt.NDArray[np.float64]
+LEVELS = 2520
+"""Steps of theta between 0 and 1: exact for up to ten devices, and one flip among 10,000 still counts."""
+
+
+class SteppingConfig(FollowedConfig):
+    """FedPM's settings of training, and the step."""
+
+    prior: float = Field(1.0, ge=1.0, le=1.0, description="there is no posterior")
+    reset: int = Field(0, ge=0, le=0, description="there is no window")
+    estimator: Literal["mode"] = "mode"
+    step: float = Field(0.0, ge=0.0, description="in round 1; 1/step of the change is sampled. 0: the method's own")
+    step_min: float = Field(1.0, ge=1.0, description="the step of the last round")
+
+    @field_validator("step")
+    @classmethod
+    def _step(cls, step: float) -> float:
+        if 0.0 < step < 1.0:
+            raise ValueError("a step is 1 or more, or 0 for the method's own")
+        return step
+
+
+class SteppingMethod(FollowedMethod, ABC):
+    """theta <- clip(theta + step * (mean of the masks - what it is counted against), epsilon, 1 - epsilon).
+
+    Clients sample theta_g + (theta_k - theta_g)/step, so in expectation theta goes to the mean of theta_k.
+    """
+
+    Config: ClassVar[type[FollowedConfig]] = SteppingConfig
+    first: ClassVar[float]  # the step of round 1, unless it is set
+
+    @abstractmethod
+    def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
+        """(d,) what ``masks`` replies move theta by, times 1/step, in `LEVELS`; ``start`` is theta in the same."""
+
+    def step(self, turn: Turn) -> float:
+        """From ``step`` to ``step_min`` on a cosine, in 64ths: machines differ in a cosine's last bit."""
+        first = float(self.config.step) or self.first
+        return round(64.0 * cosine(first, min(first, self.config.step_min), turn)) / 64.0
+
+    def sampled(self, theta_g: Theta, theta_k: npt.NDArray[np.floating[Any]], turn: Turn) -> Theta:
+        """(d,) the probabilities that a client samples."""
+        return np.asarray(theta_g + (theta_k - theta_g) / self.step(turn))
+
+    def stepped(self, reply: Payload, turn: Turn) -> Payload:
+        """A reply that says how often it counts."""
+        return replace(reply, meta={"step": self.step(turn)})
+
+    def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
+        """Theta after a round: float64 +, -, * and /, rounded once, so all ends get the same integers."""
+        start = state.ones.astype(np.float64)
+        if not state.total:
+            start += round(self.config.theta0 * LEVELS)
+        change = self.change(start, tally.votes(), tally.masks)
+        low = math.ceil(self.config.epsilon * LEVELS)
+        found = np.clip(np.rint(start + float(tally.meta["step"]) * change), low, LEVELS - low)
+        return BetaState(found.astype(np.uint32), LEVELS, 1, 0.0)
+
+    def anew(self, state: BetaState) -> bool:
+        """Always: theta is all there is."""
+        return True
