@@ -63,6 +63,8 @@ ROWS = {
     "fine-tuning, same blocks": {"method": "finetune"},
     "deltamask faithful": {"method": "deltamask", "codec": "fuse8+png"},
     "deltamask exact": {"method": "deltamask", **EXACT},
+    "deltastep": {"method": "deltastep", "downlink": "relay"},
+    "drawstep": {"method": "drawstep", "downlink": "relay"},
     "klms": {"method": "klms", "downlink": "relay"},
     "fedpm": {"method": "fedpm"},
 }
