@@ -95,7 +95,7 @@ def test_every_device_follows_theta(way):
 
 
 def test_a_step_is_one_or_more_or_the_method_s_own():
-    assert built(DrawStep, DrawStepConfig()).step(Turn(1, 1, 5, 0)) == 2.0
-    assert built(DrawStep, DrawStepConfig(step=1.5, step_min=3.0)).step(Turn(1, 5, 5, 0)) == 1.5
+    assert built(DrawStep, DrawStepConfig()).step(Turn(1, 1, 5, 0)) == 1.5
+    assert built(DrawStep, DrawStepConfig(step=1.25, step_min=3.0)).step(Turn(1, 5, 5, 0)) == 1.25
     with pytest.raises(ValueError, match="a step is 1 or more"):
         DrawStepConfig(step=0.5)
