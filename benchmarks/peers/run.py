@@ -41,7 +41,7 @@ ROWS = {
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
-    "drawstep, step=2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
+    "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
     "deltamask exact by votes": {"method": "deltamask", **EXACT, "downlink": "votes"},
