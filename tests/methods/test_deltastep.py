@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from federation import network, steps
-from following_fleet import Fleet, some, wide
+from following_fleet import Fleet, some
 from hypothesis import given
 from hypothesis import strategies as st
+from stepping_turns import D, built, somewhere, trained
 from torch import nn
 
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Turn, Update
 from fedmask_flwr.methods.beta import BetaState, trained_theta
 from fedmask_flwr.methods.deltastep import DeltaStep, DeltaStepConfig
 from fedmask_flwr.methods.stepping import LEVELS
-from fedmask_flwr.wire import Counts, Payload, pack_bits, unpack_bits
-
-D = 2816
+from fedmask_flwr.wire import Payload, pack_bits, unpack_bits
 
 
 def large():
@@ -25,21 +23,7 @@ def large():
 
 
 def method(**settings):
-    model = network(wide)
-    return DeltaStep(DeltaStep.layout(model), model, DeltaStepConfig(**settings))
-
-
-def trained(found, turn, got, n=15):
-    model = network(wide)
-    optimizer = found.begin(got, model, Training(), turn, {})
-    steps(model, optimizer, n)
-    return model, optimizer
-
-
-def somewhere(seed=1):
-    """A broadcast of any theta."""
-    ones = np.random.default_rng(seed).integers(26, LEVELS - 25, D).astype(np.uint32)
-    return Payload(counts={"ones": Counts(ones, LEVELS)})
+    return built(DeltaStep, **settings)
 
 
 @pytest.mark.parametrize("step", [1.0, 4.0])
@@ -100,7 +84,7 @@ def test_the_mean_of_theta_is_the_mean_of_the_clients():
     found, got = method(step=3.0, step_min=3.0), somewhere()
     model, optimizer = trained(found, Turn(1, 2, 5, 0), got)
     theta_g = found.theta(got)
-    change, total, n = trained_theta(optimizer).astype(np.float64) - theta_g, np.zeros(D), 400
+    change, total, n = trained_theta(optimizer).astype(np.float64) - theta_g, np.zeros(D), 100
     for client in range(n):
         turn = Turn(1, 2, 5, client)
         mask = unpack_bits(found.finish(got, model, optimizer, turn, {}).bits["mask"], D)

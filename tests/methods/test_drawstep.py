@@ -4,40 +4,21 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from federation import network, steps
-from following_fleet import Fleet, some, wide
+from following_fleet import Fleet, some
+from stepping_turns import D, built, somewhere, trained
 
 from fedmask_flwr.masks import divergence
-from fedmask_flwr.methods import Training, Turn, Update
+from fedmask_flwr.methods import Turn, Update
 from fedmask_flwr.methods.beta import BetaState, trained_theta
-from fedmask_flwr.methods.drawstep import DrawStep, DrawStepConfig
-from fedmask_flwr.methods.klms import Klms, KlmsConfig
+from fedmask_flwr.methods.drawstep import DrawStep
+from fedmask_flwr.methods.klms import Klms
 from fedmask_flwr.methods.stepping import LEVELS
-from fedmask_flwr.wire import Counts, Payload, unpack_bits
-
-D = 2816
-
-
-def built(kind, config):
-    model = network(wide)
-    return kind(kind.layout(model), model, config)
-
-
-def trained(found, turn, got, n=15):
-    model = network(wide)
-    optimizer = found.begin(got, model, Training(), turn, {})
-    steps(model, optimizer, n)
-    return model, optimizer
-
-
-def somewhere(seed=1):
-    ones = np.random.default_rng(seed).integers(26, LEVELS - 25, D).astype(np.uint32)
-    return Payload(counts={"ones": Counts(ones, LEVELS)})
+from fedmask_flwr.wire import unpack_bits
 
 
 @pytest.mark.parametrize("step", [1.0, 2.0, 3.0])
 def test_it_costs_the_divergence_of_a_share_of_the_change(step):
-    found, turn, got = built(DrawStep, DrawStepConfig(step=step)), Turn(1, 1, 5, 3), somewhere()
+    found, turn, got = built(DrawStep, step=step), Turn(1, 1, 5, 3), somewhere()
     model, optimizer = trained(found, turn, got)
     theta_g, theta_k = found.theta(got), trained_theta(optimizer).astype(np.float64)
     sent = found.finish(got, model, optimizer, turn, {}).counts["index"].values.size * 8
@@ -48,8 +29,8 @@ def test_it_costs_the_divergence_of_a_share_of_the_change(step):
 
 def test_at_step_one_it_sends_and_does_what_klms_does():
     """With KLMS's counts on the grid of theta, and one round as its window."""
-    ours = built(DrawStep, DrawStepConfig(step=1.0))
-    theirs = built(Klms, KlmsConfig())
+    ours = built(DrawStep, step=1.0)
+    theirs = built(Klms)
     turn, got = Turn(1, 2, 5, 3), somewhere()
     updates, replies = ([], []), []
     for client in range(5):
@@ -69,10 +50,10 @@ def test_at_step_one_it_sends_and_does_what_klms_does():
 
 def test_in_expectation_theta_goes_to_the_mean_of_the_clients():
     """Over many keys; candidates are about a sample, so the change is met within a tenth."""
-    found, got = built(DrawStep, DrawStepConfig(step=2.0, step_min=2.0)), somewhere()
+    found, got = built(DrawStep, step=2.0, step_min=2.0), somewhere()
     model, optimizer = trained(found, Turn(1, 2, 5, 0), got, 40)
     theta_g = found.theta(got)
-    change, total, n = trained_theta(optimizer).astype(np.float64) - theta_g, np.zeros(D), 300
+    change, total, n = trained_theta(optimizer).astype(np.float64) - theta_g, np.zeros(D), 80
     for client in range(n):
         turn = Turn(1, 2, 5, client)
         reply = found.finish(got, model, optimizer, turn, {})
@@ -95,7 +76,7 @@ def test_every_device_follows_theta(way):
 
 
 def test_a_step_is_one_or_more_or_the_method_s_own():
-    assert built(DrawStep, DrawStepConfig()).step(Turn(1, 1, 5, 0)) == 1.5
-    assert built(DrawStep, DrawStepConfig(step=1.25, step_min=3.0)).step(Turn(1, 5, 5, 0)) == 1.25
+    assert built(DrawStep).step(Turn(1, 1, 5, 0)) == 1.5
+    assert built(DrawStep, step=1.25, step_min=3.0).step(Turn(1, 5, 5, 0)) == 1.25
     with pytest.raises(ValueError, match="a step is 1 or more"):
-        DrawStepConfig(step=0.5)
+        built(DrawStep, step=0.5)
