@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="what prepare.py wrote")
     parser.add_argument("--only", default="", help="rows, by name, separated by semicolons")
     parser.add_argument("--seeds", default="1,2,3")
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--set", action="append", default=[], help="key=value for all rows")
     parser.add_argument("--held", action="store_true", help="measure on held-out training images, keep nothing")
     parser.add_argument("--out", type=Path)
