@@ -41,6 +41,7 @@ ROWS = {
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
+    "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
     "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
