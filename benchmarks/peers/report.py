@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.ratios import Ratio  # noqa: E402
 
 Run = Mapping[str, Any]
-SAMPLED = ("drawstep", "klms at 0.03")
+SAMPLED = ("drawstep at 0.03", "drawstep", "klms at 0.03")
 EXACT = ("deltastep", "deltamask exact")
 DENSE_BITS = 64.0  # FedAvg with float32, up and down
 
