@@ -61,9 +61,8 @@ class DeltaMask(FollowedMethod):
         """m_g with the kept flips applied."""
         theta_k, mask = trained_theta(optimizer), unpack_bits(self.guess(got, turn), self.numel)
         flips = np.flatnonzero(mask != self.draw(theta_k, turn))
-        flips = by_kl(flips, theta_k, self.theta(got))[
-            : math.ceil(cosine(self.config.kappa, self.config.kappa_min, turn) * flips.size)
-        ]
+        kappa = cosine(self.config.kappa, self.config.kappa_min, turn)
+        flips = by_kl(flips, theta_k, self.theta(got))[: math.ceil(kappa * flips.size)]
         keep = flips.size
         if self.config.target_bpp > 0.0:
             keep = affordable(mask, flips, self.guessed(got, turn), self.config.target_bpp)

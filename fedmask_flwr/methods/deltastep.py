@@ -9,15 +9,15 @@ Both ends draw m_g = 1[u < theta_g] from the same keyed uniforms u of (round, cl
 
     theta <- clip(theta + step * mean_k(m_k - m_g,k), epsilon, 1 - epsilon)
 
-In expectation that is the mean of theta_k. The variance that FedPM adds in each round by drawing all bits anew,
-theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g|/K, is there instead.
+In expectation, but for the clip, that is the mean of theta_k. The variance that FedPM adds in each round by
+drawing all bits anew, theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g|/K, is there instead.
 
 Travels: up, an exact code of the flips, about 1/step of what DeltaMask sends; never more than ``target-bpp``, where
 that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
 
 Settings: as FedPM; step from 4 to ``step-min`` 1 on a cosine over the run, as the last rounds want little noise.
 There is no posterior, so no prior, window or estimator. A larger step sends less in a round and takes more rounds;
-the fewer devices in a round, the smaller it should be.
+by its variance, the fewer devices in a round, the smaller it should be.
 
 Limits: steps are as noisy as flips are few. The server must decode each client by itself, so secure aggregation of
 sums does not apply.
@@ -82,7 +82,7 @@ class DeltaStep(SteppingMethod):
         return Payload(bits={"mask": pack_bits(mask)})
 
     def _share(self, theta_g: Theta, theta: Theta, flips: npt.NDArray[np.int64], turn: Turn) -> Theta:
-        """The share of the change that each flip needs: those with the least are a sample of a smaller share."""
+        """(flips,) of the change that each flip needs, in [0, 1]: those with the least sample a smaller share."""
         u = (words(self._key(turn), self.numel)[flips].astype(np.float64) + (2.0**31 + 0.5)) * 2.0**-32
         return np.asarray((u - theta_g[flips]) / (theta - theta_g)[flips])
 

@@ -12,7 +12,7 @@ from fedmask_flwr.wire import Bits, SideInfo, coded_bytes, expected_bytes, pack_
 from .base import Turn
 
 FRAME = 64
-"""Bytes of a reply's frame around its body, at most."""
+"""Bytes that a budget sets aside for a reply's frame around its body."""
 
 
 def affordable(

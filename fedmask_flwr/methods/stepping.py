@@ -31,7 +31,7 @@ class SteppingConfig(FollowedConfig):
     reset: int = Field(0, ge=0, le=0, description="there is no window")
     estimator: Literal["mode"] = "mode"
     step: float = Field(0.0, ge=0.0, description="in round 1; 1/step of the change is sampled. 0: the method's own")
-    step_min: float = Field(1.0, ge=1.0, description="the step of the last round")
+    step_min: float = Field(1.0, ge=1.0, description="the step of the last round, no more than `step`")
 
     @field_validator("step")
     @classmethod
