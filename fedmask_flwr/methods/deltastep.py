@@ -9,8 +9,8 @@ Both ends draw m_g = 1[u < theta_g] from the same keyed uniforms u of (round, cl
 
     theta <- clip(theta + step * mean_k(m_k - m_g,k), epsilon, 1 - epsilon)
 
-In expectation, but for the clip, that is the mean of theta_k. The variance that FedPM adds in each round by
-drawing all bits anew, theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g|/K, is there instead.
+In expectation, but for the clip, that is the mean of theta_k. The variance that FedPM adds in each round by drawing
+all bits anew, theta (1 - theta)/K, is gone; that of the flips, about step * |theta_k - theta_g|/K, is there.
 
 Travels: up, an exact code of the flips, about 1/step of what DeltaMask sends; never more than ``target-bpp``, where
 that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).

@@ -8,9 +8,10 @@ candidates. The server moves theta, it does not vote anew:
 
     theta <- clip(theta + step * (mean_k(m_k) - theta), epsilon, 1 - epsilon)
 
-In expectation, but for the clip, that is the mean of theta_k, as with KLMS, whose server is this one at
-step 1. But the numbers cost the divergence, which is the square of the change: half of the change, taken twice, costs a quarter. The price is
-variance, step^2 theta (1 - theta)/K a round, which drives theta to 0 and 1 sooner: too soon, if the step is large.
+In expectation, but for the clip, that is the mean of theta_k, as with KLMS, whose server is this one at step 1. But
+numbers cost the divergence, which is the square of the change: half of the change, taken twice, costs a quarter.
+The price is variance, step^2 theta (1 - theta)/K, which drives theta to 0 and 1 sooner: too soon if the step
+is large.
 
 Travels: up, b bits a block, about KL/step^2 * b / (b - margin) bits in all; never more than ``target-bpp``, where
 that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
