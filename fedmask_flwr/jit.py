@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any, ParamSpec, TypeVar, cast, final
@@ -16,6 +17,11 @@ from typing import Any, ParamSpec, TypeVar, cast, final
 P = ParamSpec("P")
 R = TypeVar("R")
 log = logging.getLogger(__name__)
+
+PAYS_FROM = 1 << 20
+"""Positions from which machine code pays: numba takes a third of a second to load, and 120 MB."""
+LOADED_FROM = 1 << 16
+"""The same where something else has loaded it: a server decodes hundreds of replies."""
 
 
 @cache
@@ -35,6 +41,12 @@ def _importable() -> bool:
 def available() -> bool:
     """Whether kernels can be compiled: numba can be imported and ``FEDMASK_JIT`` is not 0."""
     return os.environ.get("FEDMASK_JIT") != "0" and _importable()
+
+
+def pays(numel: int) -> bool:
+    """Whether to use kernels on this many positions; imports numba only where they are enough."""
+    least = LOADED_FROM if "numba" in sys.modules else PAYS_FROM
+    return numel >= least and available()
 
 
 @final

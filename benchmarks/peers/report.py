@@ -14,7 +14,7 @@ from benchmarks.ratios import Ratio  # noqa: E402
 
 Run = Mapping[str, Any]
 SAMPLED = ("drawstep at 0.03", "drawstep", "klms at 0.03")
-EXACT = ("deltastep to 1.5", "deltastep", "deltamask exact")
+EXACT = ("deltastep", "deltastep to 1", "deltamask exact")
 DENSE_BITS = 64.0  # FedAvg with float32, up and down
 
 

@@ -44,6 +44,7 @@ ROWS = {
     "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
     "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
+    "deltastep to 1": {"method": "deltastep", "step-min": 1.0, "downlink": "relay"},
     "deltastep to 1.5": {"method": "deltastep", "step-min": 1.5, "downlink": "relay"},
     "deltamask exact": {"method": "deltamask", **EXACT, "downlink": "relay"},
     "deltamask exact by votes": {"method": "deltamask", **EXACT, "downlink": "votes"},

@@ -9,9 +9,6 @@ from fedmask_flwr import jit
 
 from .planes import BATCH, LANES, Words, add_batch, add_batch_compiled, expand, expand_compiled, rows_of
 
-COMPILED_FROM = 1 << 20
-"""Bits of a mask from which machine code pays for being loaded, where there is numba; the votes are the same."""
-
 
 class VoteCounter:
     """M_i = sum_k m_k,i over a stream of masks of ``numel`` bits.
@@ -24,7 +21,7 @@ class VoteCounter:
     def __init__(self, numel: int) -> None:
         self.numel = numel
         self.masks = 0
-        self._compiled = numel >= COMPILED_FROM and jit.available()
+        self._compiled = jit.pays(numel)  # the votes are the same
         self._waiting = 0  # rows of the batch in use
         self._batch: Words | None = None
         self._planes = rows_of(8, numel)

@@ -26,6 +26,7 @@ from .keyed import permutation as permutation
 from .keyed import thresholds as thresholds
 from .keyed import words as words
 from .keyed import words_torch as words_torch
+from .lookup import taken as taken
 from .optim import MaskOptimizer as MaskOptimizer
 from .optim import Ste as Ste
 from .sampled import Draws as Draws
@@ -91,6 +92,7 @@ __all__ = [
     "settle",
     "slim_",
     "slim_numel",
+    "taken",
     "thresholds",
     "weights_digest",
     "words",

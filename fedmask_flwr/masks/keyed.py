@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmask_flwr import jit
+
 CHUNK = 1 << 16  # words; 256 KB of int32 and its scratch stay in a core's L2
 _COUNTERS = 1 << 32
 _ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
@@ -199,6 +201,10 @@ def bernoulli(key: Key, thresholds: NDArray[np.int32], start: int = 0) -> NDArra
         raise ValueError(f"thresholds must be one flat vector, got shape {thresholds.shape}")
     n = len(thresholds)
     check_range(n, start)
+    if jit.pays(n):
+        from .hashed import bits
+
+        return bits(thresholds, key, start)
     out = np.empty(n, np.bool_)
     scratch = Scratch(n)
     for a in range(0, n, CHUNK):

@@ -124,7 +124,7 @@ def _scores(
 def _compiled() -> Callable[..., NDArray[np.int32]] | None:
     if not available():
         return None
-    from .scored import count
+    from .hashed import count
 
     return count
 
@@ -197,7 +197,7 @@ def replay(draws: Draws, cuts: NDArray[np.int32], chosen: NDArray[np.uint32]) ->
     k0, keys = draws.candidates()
     k1 = keys[chosen]
     if available():
-        from .scored import redraw
+        from .hashed import redraw
 
         return redraw(cuts, derive(*draws.key, "block"), k0, k1)
     block, d = draws.block_of(cuts.size), cuts.size

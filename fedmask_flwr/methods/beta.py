@@ -26,6 +26,7 @@ from fedmask_flwr.masks import (
     closeness,
     derive,
     mask_values,
+    taken,
     thresholds,
     write_mask,
 )
@@ -138,7 +139,7 @@ class BetaMethod(Method[BetaState], ABC):
         table = function(theta(np.arange(top + 1, dtype=np.uint32))) if top < self.numel else None
         for at in range(0, self.numel, BLOCK):
             part = values[at : at + BLOCK]
-            yield at, function(theta(part)) if table is None else table[part]
+            yield at, function(theta(part)) if table is None else taken(table, part)
 
     def _posterior(self, top: int, flips: object, ones: npt.NDArray[np.uint32]) -> npt.NDArray[np.float64]:
         config = self.config

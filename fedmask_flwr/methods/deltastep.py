@@ -15,7 +15,7 @@ all bits anew, theta (1 - theta)/K, is gone; that of the flips, about step * |th
 Travels: up, an exact code of the flips, about 1/step of what DeltaMask sends; never more than ``target-bpp``, where
 that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
 
-Settings: as FedPM; step from 4 to ``step-min`` 1 on a cosine over the run, as the last rounds want little noise.
+Settings: as FedPM; step from 4 to ``step-min`` 1.25 on a cosine over the run, as the last rounds want little noise.
 There is no posterior, so no prior, window or estimator. A larger step sends less in a round and takes more rounds;
 by its variance, the fewer devices in a round, the smaller it should be.
 
@@ -47,6 +47,7 @@ from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
 class DeltaStepConfig(SteppingConfig):
     """The step's settings, and a budget."""
 
+    step_min: float = Field(1.25, ge=1.0, description="the step of the last round, no more than `step`")
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter that no round exceeds; 0: any")
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmask_flwr import jit
 from fedmask_flwr.jit import compiled
 
 from .bits import Bits, nbytes
-from .machine import compiled_pays
 
 _CHUNK = 1 << 16  # keys a pass: the scratch stays in cache
 _EACH = 1024  # keys a pass of the machine code, between the hashes and the look-ups
@@ -38,14 +38,14 @@ class Filter:
 def query(fuse: Filter, numel: int, first: int = 0) -> Bits:
     """Packed membership of keys first..first+numel-1, the same as the C ``contain`` of each; scratch 2 MiB."""
     out = np.empty(nbytes(numel), np.uint8)
-    _ask(fuse, first, numel, out, compiled_pays(numel))
+    _ask(fuse, first, numel, out, jit.pays(numel))
     return out
 
 
 def query_ranges(ranges: Sequence[tuple[int, int, Filter]], numel: int) -> Bits:
     """`query` of keys 0..numel-1; each filter is asked for its range: first key, a multiple of 8, and keys."""
     out = np.zeros(nbytes(numel), np.uint8)
-    by_machine = compiled_pays(numel)  # the ranges may be short each
+    by_machine = jit.pays(numel)  # the ranges may be short each
     for first, n, fuse in ranges:
         _ask(fuse, first, n, out[first >> 3 : nbytes(first + n)], by_machine)
     return out

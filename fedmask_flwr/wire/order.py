@@ -9,10 +9,10 @@ from typing import final
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmask_flwr import jit
 from fedmask_flwr.jit import compiled
 
 from .bits import Bits, nbytes, pack_bits, unpack_bits
-from .machine import compiled_pays
 
 CLASSES = 256
 _CHUNK = 1 << 16  # positions whose 64-bit places are in memory at a time
@@ -23,7 +23,7 @@ Classes = NDArray[np.uint8]
 def tally(delta: Bits | None, classes: Classes) -> NDArray[np.int64]:
     """Positions and ones of each class, (2, 256); no ones where delta is None."""
     found = np.zeros((2, CLASSES), np.int64)
-    if compiled_pays(classes.size):
+    if jit.pays(classes.size):
         _tally(np.zeros(nbytes(classes.size), np.uint8) if delta is None else delta, classes, found)
         return found
     for a in range(0, classes.size, _CHUNK):
@@ -48,7 +48,7 @@ class Order:
         """Bring packed bits by position into the order of the groups."""
         if len(self.sizes) < 2:
             return bits
-        if compiled_pays(self.classes.size):
+        if jit.pays(self.classes.size):
             out = np.zeros_like(bits)
             _sort(bits, self.classes, self.row, self._starts(), out)
             return out
@@ -65,7 +65,7 @@ class Order:
         """The inverse of `sort`."""
         if len(self.sizes) < 2:
             return bits
-        if compiled_pays(self.classes.size):
+        if jit.pays(self.classes.size):
             out = np.empty_like(bits)
             _restore(bits, self.classes, self.row, self._starts(), out)
             return out

@@ -10,11 +10,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmask_flwr import jit
 from fedmask_flwr.jit import compiled
 
 from .base import Body
 from .errors import WireError
-from .machine import compiled_pays
 from .varint import get_varint, put_varint
 
 TOTAL = 1 << 16
@@ -65,7 +65,7 @@ def encode(
     lanes = lane_count(n, round(size, 3))  # rounded: the last place of log2 differs between machines
     cums = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)
     state = np.full(lanes, TOTAL, np.uint32)
-    if compiled_pays(_BITS * n):
+    if jit.pays(_BITS * n):
         back = np.empty(n, np.uint16)
         stream = back[_encode(index, freqs, cums, state, back) :]
         return put_varint(lanes) + state.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
@@ -108,7 +108,7 @@ def decode(
     _check_tables(tables)
     step_of, symbol_of = _slot_tables(tables)
     slots = np.empty(n, np.uint16)
-    if compiled_pays(_BITS * n):
+    if jit.pays(_BITS * n):
         which = np.empty(0, np.uint16) if contexts is None else contexts.astype(np.uint16, copy=False)
         read = _decode(state, words.astype(np.uint16), step_of, symbol_of, which, slots)
         return _ended(slots, state, words.size - read)

@@ -8,21 +8,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import WAYS, machine_code
 
-from fedmask_flwr import jit
-from fedmask_flwr.aggregate import VoteCounter, planes, votes
-
-WAYS = [
-    "numpy",
-    pytest.param("compiled", marks=pytest.mark.skipif(not jit.available(), reason="numba is the extra 'fast'")),
-]
+from fedmask_flwr.aggregate import VoteCounter, planes
 
 
 @pytest.fixture(params=WAYS, scope="module")
 def way(request):
     """Count with or without machine code, whatever the size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(votes, "COMPILED_FROM", 0 if request.param == "compiled" else 1 << 62)
+    with machine_code(request.param == "compiled"):
         yield request.param
 
 

@@ -9,10 +9,11 @@ import oracles_sampled as oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import WAYS, machine_code, needs_numba
 
-from fedmask_flwr.masks import Key, bernoulli, closeness, derive, thresholds
+from fedmask_flwr.masks import Key, bernoulli, closeness, derive, thresholds, words
 from fedmask_flwr.masks.closeness import CLASSES
-from fedmask_flwr.masks.keyed import CHUNK, Scratch
+from fedmask_flwr.masks.keyed import CHUNK
 
 EDGES = [math.ldexp(half, e) for e in range(-8, 12) for half in (1.0, 1.5)]
 NEAR = Fraction(1, 2**40)  # float64 finds r - 1 >= 2^-8 to within this share
@@ -24,6 +25,12 @@ thetas = st.one_of(
     st.floats(1e-6, 1 - 1e-6),
     st.sampled_from((1e-6, 1 - 1e-6, 0.01, 0.99, 0.5, 2**-30, 1 - 2**-30)),
 )
+
+
+@pytest.fixture(params=WAYS, scope="module", autouse=True)
+def way(request):
+    with machine_code(request.param == "compiled"):
+        yield request.param
 
 
 def check(theta, key, start):
@@ -95,14 +102,36 @@ def test_chunks_do_not_show(start):
         closeness(theta, key, 2**32 - d + 1)
 
 
-def test_every_extreme_word_and_theta(monkeypatch):
+def key_that_gives(w):
+    """The key whose first word is w, an unsigned 32-bit number: the finaliser is undone step by step."""
+    x = w ^ w >> 16
+    x = x * pow(0x846CA68B, -1, 2**32) % 2**32
+    x ^= x >> 15 ^ x >> 30
+    x = x * pow(0x7FEB352D, -1, 2**32) % 2**32
+    x ^= x >> 16
+    return Key(0, x - 2**32 if x >= 2**31 else x)  # of counter 0 and k0 = 0, the first round makes 0
+
+
+@pytest.mark.parametrize("w", [-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 2, 2**31 - 1])
+def test_every_extreme_word_and_theta(w):
     """No division by zero, no overflow: warnings are errors."""
-    extremes = np.array([-(2**31), -(2**31) + 1, -1, 0, 1, 2**31 - 2, 2**31 - 1], np.int32)
-    monkeypatch.setattr(Scratch, "words", lambda self, key, n, start: extremes[:n])
+    key = key_that_gives(w % 2**32)
+    assert words(key, 1)[0] == w
+    u = Fraction(2 * w + 2**32 + 1, 2**33)
     for p in (1e-6, 0.01, 0.5, 0.99, 1 - 1e-6, 2**-40, 1 - 2**-40, 0.0, 2**-1074, 1 - 2**-53, 1.0, 0.5 + 2**-33):
-        found = closeness(np.full(extremes.size, p), Key(0, 0))
-        us = [Fraction(2 * int(w) + 2**32 + 1, 2**33) for w in extremes]
-        assert found.tolist() == [oracle.closeness_class(oracle.apart(p, u)) for u in us]
+        assert closeness(np.full(1, p), key).tolist() == [oracle.closeness_class(oracle.apart(p, u))]
+
+
+@needs_numba
+@settings(max_examples=20)
+@given(keys, st.integers(0, 2**32 - 300), st.integers(0, 300), st.integers(0, 2**32 - 1))
+def test_machine_code_and_numpy_agree(key, start, d, seed):
+    theta = np.random.default_rng(seed).choice([0.0, 1.0, 1e-12, 0.3, *np.linspace(0.001, 0.999, 97)], d)
+    found = []
+    for on in (False, True):
+        with machine_code(on):
+            found.append(closeness(theta, key, start))
+    assert np.array_equal(*found)
 
 
 def test_nothing():

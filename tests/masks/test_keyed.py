@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles_masks import word
+from ways import WAYS, machine_code
 
 from fedmask_flwr.masks import Key, bernoulli, derive, permutation, thresholds, words, words_torch
 from fedmask_flwr.masks.keyed import CHUNK, encode
@@ -76,9 +77,15 @@ def test_encoding_separates_types_and_boundaries():
         derive(1.5)  # type: ignore[arg-type]
 
 
+@pytest.fixture(params=WAYS, scope="module")
+def way(request):
+    with machine_code(request.param == "compiled"):
+        yield request.param
+
+
 @settings(max_examples=50)
-@given(st.lists(st.floats(0, 1), max_size=50), st.integers(0, 2**31))
-def test_bernoulli_equals_its_definition(theta, start):
+@given(st.lists(st.floats(0, 1), max_size=50), st.integers(0, 2**32 - 50))
+def test_bernoulli_equals_its_definition(way, theta, start):
     key = derive("bernoulli", start)
     cut = thresholds(np.array(theta))
     assert cut.tolist() == [min(int(p * 2**32), 2**32 - 1) - 2**31 for p in theta]
@@ -86,7 +93,7 @@ def test_bernoulli_equals_its_definition(theta, start):
     assert bernoulli(key, cut, start).tolist() == expected
 
 
-def test_bernoulli_edges():
+def test_bernoulli_edges(way):
     n = CHUNK + 9
     assert not bernoulli(derive(1), thresholds(np.zeros(n))).any()
     assert bernoulli(derive(1), thresholds(np.ones(n))).all()

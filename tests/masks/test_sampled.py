@@ -298,7 +298,7 @@ def test_numbers_that_name_no_candidates(chosen):
 @settings(max_examples=40)
 @given(st.integers(1, 60), st.integers(1, 40), st.data())
 def test_the_compiled_count_is_the_same(blocks, size, data):
-    from fedmask_flwr.masks import scored
+    from fedmask_flwr.masks import hashed
 
     lengths = np.array(data.draw(st.lists(st.integers(1, 30), min_size=blocks, max_size=blocks)))
     n = int(lengths.sum())
@@ -308,7 +308,7 @@ def test_the_compiled_count_is_the_same(blocks, size, data):
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     k0 = data.draw(st.integers(-(2**31), 2**31 - 1))
     plain = sampled._count(places, cuts, weights, starts, k0, keys)
-    assert np.array_equal(plain, scored.count(places, cuts, weights, starts, k0, keys))
+    assert np.array_equal(plain, hashed.count(places, cuts, weights, starts, k0, keys))
 
 
 def test_pick_is_the_same_without_numba(monkeypatch):

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import sys
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_wire_hostile import mutate
+from ways import machine_code, needs_numba
 from wire_cases import BIT_NAMES, DIGEST, frame_of, masks
 
 from fedmask_flwr import jit
-from fedmask_flwr.wire import CODECS, Payload, SideInfo, WireError, fuse, machine, membership, pack, rans, unpack
+from fedmask_flwr.wire import CODECS, Payload, SideInfo, WireError, fuse, membership, pack, rans, unpack
 from fedmask_flwr.wire.order import Order, tally
 
-pytestmark = pytest.mark.skipif(not jit.available(), reason="numba is the optional extra 'fast'")
+pytestmark = needs_numba
 PLAIN = [name for name in BIT_NAMES if "+" not in name]
-
-
-@contextmanager
-def machine_code(on):
-    """Use it for everything, or for nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(machine, "COMPILED_FROM", 0 if on else 1 << 62)
-        yield
 
 
 def both(call):
@@ -43,14 +35,14 @@ def both(call):
 def test_small_fields_load_no_numba(monkeypatch):
     monkeypatch.setattr(jit, "available", lambda: pytest.fail("asked for numba"))
     monkeypatch.delitem(sys.modules, "numba", raising=False)
-    assert not machine.compiled_pays(machine.COMPILED_FROM - 1)
+    assert not jit.pays(jit.PAYS_FROM - 1)
 
 
 def test_less_is_enough_once_numba_is_loaded(monkeypatch):
     monkeypatch.setattr(jit, "available", lambda: True)
     monkeypatch.setitem(sys.modules, "numba", jit)
-    assert machine.compiled_pays(machine.LOADED_FROM)
-    assert not machine.compiled_pays(machine.LOADED_FROM - 1)
+    assert jit.pays(jit.LOADED_FROM)
+    assert not jit.pays(jit.LOADED_FROM - 1)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -141,7 +133,7 @@ def test_damaged_frames_fare_the_same(name):
 
 
 def test_a_large_field_is_the_same():
-    d = machine.COMPILED_FROM + 5
+    d = jit.PAYS_FROM + 5
     rng = np.random.default_rng(1)
     classes = np.minimum(rng.geometric(0.1, d) - 1, 30).astype(np.uint8)
     bits = np.packbits(rng.random(d) < 0.3 * 0.8**classes, bitorder="little")

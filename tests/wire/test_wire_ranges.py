@@ -18,7 +18,6 @@ from fedmask_flwr.wire import (
     WireError,
     from_positions,
     fuse,
-    machine,
     membership,
     positions,
     unpack_bits,
@@ -95,7 +94,8 @@ def test_the_size_of_real_ranges_is_right(monkeypatch):
 def test_short_ranges_of_a_long_field_are_asked_by_machine_code(monkeypatch):
     body = CODEC.encode(bits_of(D, 5000), SideInfo((D,)))
     expected = CODEC.decode(body, SideInfo((D,)))
-    monkeypatch.setattr(machine, "COMPILED_FROM", D)
+    for least in ("PAYS_FROM", "LOADED_FROM"):
+        monkeypatch.setattr(jit, least, D)
     monkeypatch.setattr(membership, "query_numpy", None)
     assert np.array_equal(CODEC.decode(body, SideInfo((D,))), expected)
 

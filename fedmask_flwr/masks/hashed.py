@@ -1,4 +1,4 @@
-"""The compiled loops of minimal random coding; they need numba."""
+"""Compiled loops over keyed words, the same bits as the numpy that calls them; they need numba."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedmask_flwr.jit import compiled
 
-from .keyed import Key
+Words = tuple[int, int]  # a `keyed.Key`
 
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 _15, _16, _32 = np.uint32(15), np.uint32(16), np.uint64(32)
@@ -73,9 +73,58 @@ def _redraw(
         out[i] = np.int32(_mix(np.uint32(_mix(np.uint32(np.uint32(i) ^ k0)) ^ key))) < cuts[i]
 
 
-def redraw(cuts: NDArray[np.int32], lots: Key, k0: int, k1: NDArray[np.int32]) -> NDArray[np.bool_]:
+def redraw(cuts: NDArray[np.int32], lots: Words, k0: int, k1: NDArray[np.int32]) -> NDArray[np.bool_]:
     """The mask whose position i is drawn under ``k1`` of its block: (d,) bool; ``lots`` deals out the blocks."""
     out = np.empty(cuts.size, np.bool_)
     lot0, lot1, first = (np.uint32(word % 2**32) for word in (*lots, k0))
     _redraw(cuts, lot0, lot1, first, k1.view(np.uint32), out)
+    return out
+
+
+@compiled()
+def _bits(cuts: NDArray[np.int32], k0: np.uint32, k1: np.uint32, start: np.uint32, out: NDArray[np.bool_]) -> None:
+    for i in range(cuts.size):
+        word = _mix(np.uint32(_mix(np.uint32(np.uint32(start + np.uint32(i)) ^ k0)) ^ k1))
+        out[i] = np.int32(word) < cuts[i]
+
+
+def bits(cuts: NDArray[np.int32], key: Words, start: int) -> NDArray[np.bool_]:
+    """`keyed.bernoulli`: (d,) bool."""
+    out = np.empty(cuts.size, np.bool_)
+    _bits(cuts, *(np.uint32(word % 2**32) for word in (*key, start)), out)
+    return out
+
+
+@compiled()
+def _classes(
+    theta: NDArray[np.float64],
+    k0: np.uint32,
+    k1: np.uint32,
+    start: np.uint32,
+    least: np.float64,
+    offset: np.int64,
+    last: np.int64,
+    out: NDArray[np.uint8],
+) -> None:
+    most, one = 1.0 - least, np.float64(1.0).view(np.int64)
+    for i in range(theta.size):
+        word = _mix(np.uint32(_mix(np.uint32(np.uint32(start + np.uint32(i)) ^ k0)) ^ k1))
+        p = theta[i]
+        p = least if p < least else p
+        p = most if p > most else p
+        u = (np.float64(np.int32(word)) + (2.0**31 + 0.5)) * 2.0**-32
+        odds = u * (1.0 - p) / ((1.0 - u) * p)
+        back = 1.0 / odds
+        away = np.float64((odds if odds > back else back) - 1.0)
+        step = ((away.view(np.int64) - one) >> 51) + offset
+        step = 0 if step < 0 else step
+        out[i] = np.uint8(last if step > last else step)
+
+
+def classes(
+    theta: NDArray[np.float64], key: Words, start: int, least: float, offset: int, last: int
+) -> NDArray[np.uint8]:
+    """`closeness.closeness`: (d,) uint8 from 0 to ``last``; ``offset`` is added to the half octaves."""
+    out = np.empty(theta.size, np.uint8)
+    _classes(theta, *(np.uint32(word % 2**32) for word in (*key, start)), least, offset, last, out)
     return out
