@@ -93,6 +93,7 @@ class RunConfig(BaseModel):
     )
     seed: int = Field(7, ge=0, lt=2**63)
     threads: int = Field(1, ge=1, description="torch threads in a client")
+    server_threads: int = Field(1, ge=1, description="replies that the server decodes at a time")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
     memory_dir: str = Field(
         "", description="folder of a device's memory; empty: fedmask-flwr below $XDG_STATE_HOME or ~/.local/state"

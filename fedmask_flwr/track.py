@@ -21,7 +21,7 @@ MASK, CURVE, LOCK, TOKEN = "mask.fedmask", "curve.png", ".lock", ".run"
 FAILED = "failed.txt"  # why the server gave the run up; a new start removes it
 log = logging.getLogger(__name__)
 _TIMEOUTS = ("node-timeout", "round-timeout", "max-silent-rounds")
-_OPERATIONS = ("metrics-port", "metrics-address", "log-format")
+_OPERATIONS = ("metrics-port", "metrics-address", "log-format", "server-threads")
 WHERE_NOT_WHAT = frozenset({"out", "data-dir", "memory-dir", *_TIMEOUTS, *_OPERATIONS})
 
 

@@ -1,6 +1,6 @@
 """Server seconds a round, without Flower: decode, aggregate and make the downlink, by clients and by parameters.
 
-    python benchmarks/scale/server.py [--most 10000] [--only fedpm,deltamask,klms] [--plot docs/scale.png]
+    python benchmarks/scale/server.py [--most 10000] [--only fedpm,klms] [--plot docs/scale.png]
 
 Frames are made once (four devices', reused), so no time goes into clients. What a round then costs is what
 `MaskStrategy` does with each reply (`read_reply`, `reconstruct`, `aggregate`), and what it says in the next round
@@ -9,8 +9,8 @@ point's.
 N = 10 ... 10,000 at d = 10^5 and 10^6, and d = 10^5 ... 10^8 at N = 10; points are kept in
 benchmarks/results/scale-server.json, and the slopes of log seconds by log N and by log d are printed: 1 is linear.
 
-CPU seconds, since others may use the machine; the best of up to three tries. The state is of ten votes a bit, four
-in five of them unanimous; a device's theta differs from the server's by 0.01 on average.
+CPU seconds, since others may use the machine; the best of up to three tries. A device's theta differs from the
+server's by 0.01 on average (see `synthetic`).
 """
 
 from __future__ import annotations
@@ -27,85 +27,19 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
+
+from benchmarks.scale.synthetic import DEVICES, DIGEST, METHODS, begun, built, decoded, frames  # noqa: E402
+from fedmask_flwr.methods import Turn, Update  # noqa: E402
+from fedmask_flwr.wire import BitCodec, pack  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results/scale-server.json"
-METHODS = {
-    "fedpm": {},
-    "deltamask": {"kappa": 1.0, "kappa-min": 1.0},
-    "klms": {"downlink": "relay"},
-}
 CLIENTS, PARAMETERS = (10, 100, 1000, 10_000), (10**5, 10**6, 10**7, 10**8)
 FIXED_D, FIXED_N = (10**5, 10**6), 10
-DEVICES, VOTES, MOVED = 4, 10, 0.01
-STEP, ENOUGH = 1 << 22, 3.0  # positions drawn at a time; seconds after which a point is not tried again
-DIGEST = bytes(8)
-
-
-def built(name: str, numel: int):
-    """The method, for ten square layers on the meta device: layout without weights."""
-    import torch
-    from torch import nn
-
-    from fedmask_flwr.methods import resolve
-
-    kind = resolve(name)
-    with torch.device("meta"):
-        model = nn.Sequential(*(nn.Linear(numel // 10 // (side := 100), side, bias=False) for _ in range(10)))
-    return kind(kind.layout(model), model, kind.Config(**METHODS[name]))
-
-
-def begun(method, rng):
-    """A state after one round, and each device's theta for the next (in float32)."""
-    from dataclasses import replace
-
-    from fedmask_flwr.methods.beta import BetaState
-
-    ones = np.empty(method.numel, np.uint32)
-    table = np.repeat(np.arange(VOTES + 1), [100, 8, 6, 5, 4, 4, 4, 5, 6, 8, 106]).astype(np.uint32)
-    for a in range(0, ones.size, STEP):
-        n = min(STEP, ones.size - a)
-        ones[a : a + n] = table[rng.integers(0, 256, n, np.uint8)]
-    state = BetaState(ones, VOTES, 1, 0.0)
-    return replace(state, trail=replace(state.trail, now=1))
-
-
-def frames(name, method, state, rng):
-    """Replies of a few devices to that state, in round 2: what they learned is drawn, all else is real."""
-    from fedmask_flwr.methods import Turn
-    from fedmask_flwr.wire import Counts, Payload, pack, pack_bits
-
-    told = method.broadcast(state)
-    theta = method.of_theta(told, lambda t: t.astype(np.float32))
-    bits = 0.0
-    for a in range(0, theta.size, STEP):
-        part = theta[a : a + STEP]
-        g = part.astype(np.float64)
-        part += (MOVED * np.sqrt(np.pi / 2)) * rng.standard_normal(part.size, np.float32)
-        np.clip(part, 0.002, 0.998, out=part)
-        if name == "klms":
-            from fedmask_flwr.masks import divergence
-
-            bits += float(divergence(part.astype(np.float64), g).sum())
-    made = []
-    for device in range(DEVICES):
-        turn = Turn(7, 2, 99, device)
-        if name == "klms":
-            size = method.blocks(bits)
-            index = rng.integers(0, 1 << method.config.index_bits, size).astype(np.uint32)
-            payload = Payload(counts={"index": Counts(index, (1 << method.config.index_bits) - 1)})
-        else:
-            payload = Payload(bits={"mask": pack_bits(method.draw(theta, turn))})
-        made.append(
-            pack(payload, digest=DIGEST, round_=2, known=method.known(told, turn, {}), codecs=method.codecs)
-        )
-    return made
+ENOUGH = 3.0  # seconds after which a point is not tried again
 
 
 def serve_round(method, state, made, clients):
     """One round as the strategy runs it; the new state, seconds of each part, and bytes."""
-    from fedmask_flwr.methods import Turn, Update
-    from fedmask_flwr.methods.reading import read_reply
-    from fedmask_flwr.wire import BitCodec, pack
-
     spent = {"decode": 0.0, "aggregate": 0.0, "downlink": 0.0}
     up = 0
 
@@ -113,10 +47,8 @@ def serve_round(method, state, made, clients):
         nonlocal up
         for client in range(clients):
             began = time.process_time()
-            frame, turn = made[client % DEVICES], Turn(7, 2, 99, client % DEVICES)
-            told, shared = method.understood(state, client), method.recall(state, client)
-            received = read_reply(frame, method, told, turn, shared, digest=DIGEST)
-            payload = method.reconstruct(told, received.payload, turn)
+            frame = made[client % DEVICES]
+            received, payload = decoded(method, state, frame, client % DEVICES)
             rate = max((c.flip_rate for c in received.codecs.values() if isinstance(c, BitCodec)), default=0.0)
             update = Update(client, payload, 1.0, rate, received.frame.fields)
             method.check(state, update)
@@ -156,11 +88,11 @@ def point(name: str, numel: int, clients: int) -> dict:
     rng = np.random.Generator(np.random.Philox(key=1))
     small = built(name, 10**5)
     first = begun(small, rng)
-    serve_round(small, first, frames(name, small, first, rng), min(clients, 300))
+    serve_round(small, first, frames(small, first, rng), min(clients, 300))
     base = memory("VmRSS")  # Python, torch and the package
     method = built(name, numel)
     state = begun(method, rng)
-    made = frames(name, method, state, rng)
+    made = frames(method, state, rng)
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
     tries, began = [], time.process_time()
@@ -215,7 +147,11 @@ def report(rows: list[dict]) -> str:
         axis, fixed = sweep
         points = {name: {row[axis]: row for row in some} for name, *of, some in swept if tuple(of) == sweep}
         other = f"d = {fixed:,}" if axis == "clients" else f"{fixed} clients"
-        out += ["", f"| {axis}, {other} | " + " | ".join(METHODS) + " | peak MB |", "|---:|" + "---:|" * 4]
+        out += [
+            "",
+            f"| {axis}, {other} | " + " | ".join(METHODS) + " | peak MB |",
+            "|---:|" + "---:|" * (len(METHODS) + 1),
+        ]
         for size in sorted({size for some in points.values() for size in some}):
             found = [points.get(name, {}).get(size) for name in METHODS]
             cells = [f"{row['cpu_s']:.2f} s" if row else "" for row in found]
@@ -240,7 +176,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = dict(zip(("clients", "parameters"), figure.subplots(1, 2, sharey=True), strict=True))
-    colours = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:green"), strict=True))
+    colours = dict(zip(METHODS, ("tab:blue", "tab:orange", "tab:red", "tab:green", "tab:purple"), strict=True))
     for name, axis, fixed, some in lines_of(rows):
         x, y = np.array([(row[axis], row["cpu_s"]) for row in some]).T
         what = f"{name}, d = {fixed:,}" if axis == "clients" else name

@@ -81,6 +81,7 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
             same_masks=config.same_masks,
             node_timeout=config.node_timeout,
             max_silent_rounds=config.max_silent_rounds,
+            server_threads=config.server_threads,
             run_dir=run_dir,
             on_round=exporter.round if exporter else None,
             **settled(config, settings),

@@ -23,21 +23,11 @@ from fedmask_flwr.track import RunDir
 from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
 
 from .journal import Journal
-from .ledger import (
-    Ledger,
-    answers,
-    destinations,
-    integer,
-    measured,
-    read_updates,
-    released,
-    same_masks,
-    spread,
-    weighted_means,
-)
+from .ledger import Ledger, spread, weighted_means
 from .patience import Patience
 from .prompt import meanwhile, prompt
 from .records import frame_array, frame_of, frame_record, plan_record, read_broadcast
+from .replies import answers, destinations, integer, measured, read_updates, released, same_masks
 from .roster import Roster
 
 INFO, ERROR = 20, 40
@@ -75,6 +65,8 @@ class MaskStrategy(Strategy):
         Whether clients whose network has other structural masks (of a MADE) than this one's are refused.
     max_silent_rounds
         Rounds in a row without one usable reply that end the run with an error (0: none does).
+    server_threads
+        Replies that are decoded at a time; each takes some bytes a parameter while it is.
     run_dir
         Where to record rounds and checkpoint the state; a run with a checkpoint there goes on from it.
     on_round
@@ -108,11 +100,14 @@ class MaskStrategy(Strategy):
         same_masks: bool = True,
         node_timeout: float = 600.0,
         max_silent_rounds: int = 3,
+        server_threads: int = 1,
         run_dir: RunDir | None = None,
         on_round: Callable[[Mapping[str, Any]], None] | None = None,
         **settings: Any,
     ) -> None:
         resolve(method).Config(**settings)
+        if server_threads < 1:
+            raise ValueError(f"server_threads must be 1 or more, got {server_threads}")
         source = f"seed:{seed}" if weights is None else weights
         run = secrets.token_hex(8) if run_dir is None else run_dir.token()
         masks = structure_id(model) if same_masks else ""
@@ -132,6 +127,7 @@ class MaskStrategy(Strategy):
         self.fraction_evaluate = fraction_evaluate or (0.0 if self.method.modes else 1.0)
         self.evaluate_every = evaluate_every
         self.max_silent_rounds = max_silent_rounds
+        self.server_threads = server_threads
         self.run_dir = run_dir
         self._journal = Journal(run_dir, self.digest, on_round)
         self.state = self.method.init()
@@ -217,6 +213,7 @@ class MaskStrategy(Strategy):
             turn=self._turn(server_round),
             ledger=self.ledger,
             masks=self.plan.masks,
+            threads=self.server_threads,
         )
         self.state = self.method.aggregate(self.state, _noting(updates, heard))
         if self.method.personal:

@@ -91,7 +91,8 @@ def _bits(cuts: NDArray[np.int32], k0: np.uint32, k1: np.uint32, start: np.uint3
 def bits(cuts: NDArray[np.int32], key: Words, start: int) -> NDArray[np.bool_]:
     """`keyed.bernoulli`: (d,) bool."""
     out = np.empty(cuts.size, np.bool_)
-    _bits(cuts, *(np.uint32(word % 2**32) for word in (*key, start)), out)
+    k0, k1, first = (np.uint32(word % 2**32) for word in (*key, start))
+    _bits(cuts, k0, k1, first, out)
     return out
 
 
@@ -101,9 +102,9 @@ def _classes(
     k0: np.uint32,
     k1: np.uint32,
     start: np.uint32,
-    least: np.float64,
-    offset: np.int64,
-    last: np.int64,
+    least: float,
+    offset: int,
+    last: int,
     out: NDArray[np.uint8],
 ) -> None:
     most, one = 1.0 - least, np.float64(1.0).view(np.int64)
@@ -117,8 +118,7 @@ def _classes(
         back = 1.0 / odds
         away = np.float64((odds if odds > back else back) - 1.0)
         step = ((away.view(np.int64) - one) >> 51) + offset
-        step = 0 if step < 0 else step
-        out[i] = np.uint8(last if step > last else step)
+        out[i] = np.uint8(min(max(int(step), 0), last))
 
 
 def classes(
@@ -126,5 +126,6 @@ def classes(
 ) -> NDArray[np.uint8]:
     """`closeness.closeness`: (d,) uint8 from 0 to ``last``; ``offset`` is added to the half octaves."""
     out = np.empty(theta.size, np.uint8)
-    _classes(theta, *(np.uint32(word % 2**32) for word in (*key, start)), least, offset, last, out)
+    k0, k1, first = (np.uint32(word % 2**32) for word in (*key, start))
+    _classes(theta, k0, k1, first, least, offset, last, out)
     return out

@@ -26,6 +26,7 @@ sums does not apply.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from threading import local
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -63,13 +64,14 @@ class DeltaStep(SteppingMethod):
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
         super().__init__(spec, model, config, fraction=fraction)
-        self._guessed: tuple[Payload | None, Turn | None, Bits] = (None, None, np.empty(0, np.uint8))
+        self._last = local()  # a server may decode in several threads
 
     def guess(self, got: Payload, turn: Turn) -> Bits:
         """m_g, packed; the last one is kept, as a reply is read with it and then counted against it."""
-        if self._guessed[0] is not got or self._guessed[1] != turn:
-            self._guessed = got, turn, super().guess(got, turn)
-        return self._guessed[2]
+        kept: tuple[Payload, Turn, Bits] | None = getattr(self._last, "guess", None)
+        if kept is None or kept[0] is not got or kept[1] != turn:
+            kept = self._last.guess = got, turn, super().guess(got, turn)
+        return kept[2]
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """m_g with the flips that a share of the change asks for."""

@@ -95,9 +95,10 @@ class Sampling(FollowedMethod, ABC):
         if index.top != (1 << self.config.index_bits) - 1:
             raise WireError(f"indices up to {index.top}, expected {self.config.index_bits} bits each")
         draws = self._draws(turn, index.values.size)
-        if self._cuts[0] is not got:  # all replies of a round are to the same broadcast
-            self._cuts = got, self.of_theta(got, thresholds)
-        return Payload(bits={"mask": pack_bits(replay(draws, self._cuts[1], index.values))})
+        kept = self._cuts
+        if kept[0] is not got:  # all replies of a round are to the same broadcast
+            kept = self._cuts = got, self.of_theta(got, thresholds)
+        return Payload(bits={"mask": pack_bits(replay(draws, kept[1], index.values))})
 
     def _draws(self, turn: Turn, blocks: int) -> Draws:
         return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)

@@ -21,8 +21,8 @@ from fedmask_flwr.config import ConfigError
 from fedmask_flwr.export import ExportError, read_run
 from fedmask_flwr.flower.continual import met
 from fedmask_flwr.flower.device import Device
-from fedmask_flwr.flower.ledger import MOST, finite
 from fedmask_flwr.flower.records import frame_record
+from fedmask_flwr.flower.replies import MOST, finite
 from fedmask_flwr.flower.strategy import MaskStrategy
 from fedmask_flwr.made import made
 from fedmask_flwr.methods.weit_server import WeitState
