@@ -21,7 +21,10 @@ log = logging.getLogger(__name__)
 PAYS_FROM = 1 << 20
 """Positions from which machine code pays: numba takes a third of a second to load, and 120 MB."""
 LOADED_FROM = 1 << 16
-"""The same where something else has loaded it: a server decodes hundreds of replies."""
+"""The same where something else has loaded it."""
+PAYS_AFTER = 1 << 24
+"""Positions after which it would have paid: a server decodes hundreds of replies."""
+_passed = {"positions": 0}  # of calls between the two sizes, while numba was not loaded
 
 
 @cache
@@ -44,9 +47,14 @@ def available() -> bool:
 
 
 def pays(numel: int) -> bool:
-    """Whether to use kernels on this many positions; imports numba only where they are enough."""
-    least = LOADED_FROM if "numba" in sys.modules else PAYS_FROM
-    return numel >= least and available()
+    """Whether to use kernels on this many positions; imports numba once they are enough."""
+    if numel < LOADED_FROM:
+        return False
+    if numel < PAYS_FROM and "numba" not in sys.modules:
+        _passed["positions"] += numel
+        if _passed["positions"] < PAYS_AFTER:
+            return False
+    return available()
 
 
 @final

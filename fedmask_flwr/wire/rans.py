@@ -22,7 +22,7 @@ TOTAL = 1 << 16
 _MAX_LANES = 4096
 _MAX_STEPS = 1 << 14  # bounds the time of a decode: a step costs microseconds however few lanes there are
 _LANE_BYTES = 600  # payload a lane, so that its 4-byte state stays near 0.5 %
-_BITS = 8  # positions a symbol is taken for, in the question whether machine code pays
+_BITS, _STEP = 8, 1024  # positions that a symbol, and a step of all lanes, count for where machine code may pay
 _BLOCK = 1 << 20  # symbols whose 64-bit places are in memory at a time
 
 Tables = NDArray[np.uint32]
@@ -36,6 +36,10 @@ def lane_count(n: int, size: float) -> int:
 
 def _fewest_lanes(n: int) -> int:
     return min(_MAX_LANES, -(-n // _MAX_STEPS))
+
+
+def _by_machine(n: int, lanes: int) -> bool:
+    return jit.pays(_BITS * n + _STEP * -(-n // lanes))
 
 
 def _check_tables(tables: Tables) -> None:
@@ -65,7 +69,7 @@ def encode(
     lanes = lane_count(n, round(size, 3))  # rounded: the last place of log2 differs between machines
     cums = (np.cumsum(tables, axis=1, dtype=np.uint32) - tables).reshape(-1)
     state = np.full(lanes, TOTAL, np.uint32)
-    if jit.pays(_BITS * n):
+    if _by_machine(n, lanes):
         back = np.empty(n, np.uint16)
         stream = back[_encode(index, freqs, cums, state, back) :]
         return put_varint(lanes) + state.astype("<u4").tobytes() + stream.astype("<u2").tobytes()
@@ -108,7 +112,7 @@ def decode(
     _check_tables(tables)
     step_of, symbol_of = _slot_tables(tables)
     slots = np.empty(n, np.uint16)
-    if jit.pays(_BITS * n):
+    if _by_machine(n, lanes):
         which = np.empty(0, np.uint16) if contexts is None else contexts.astype(np.uint16, copy=False)
         read = _decode(state, words.astype(np.uint16), step_of, symbol_of, which, slots)
         return _ended(slots, state, words.size - read)

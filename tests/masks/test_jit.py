@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from ways import needs_numba
 
 from fedmask_flwr import jit
 
 ROOT = Path(__file__).parents[2]
-needs_numba = pytest.mark.skipif(not jit.available(), reason="the optional extra fast")
 KERNEL = """
 from fedmask_flwr.jit import compiled
 
@@ -81,3 +81,35 @@ def test_a_wrong_call_raises():
 
     with pytest.raises(Exception, match=r"getitem|nopython"):
         first(3)
+
+
+@pytest.fixture
+def unloaded(monkeypatch):
+    """As in a process that has not loaded numba, nor asked for it."""
+    monkeypatch.delitem(sys.modules, "numba", raising=False)
+    monkeypatch.setitem(jit._passed, "positions", 0)
+    monkeypatch.setattr(jit, "available", lambda: True)
+
+
+def test_numba_is_not_loaded_for_little(unloaded, monkeypatch):
+    monkeypatch.setattr(jit, "available", lambda: pytest.fail("asked for numba"))
+    assert not jit.pays(jit.PAYS_FROM - 1)
+    for _ in range(jit.PAYS_AFTER // jit.LOADED_FROM):
+        assert not jit.pays(jit.LOADED_FROM - 1)
+
+
+def test_it_is_loaded_for_one_large_vector(unloaded):
+    assert jit.pays(jit.PAYS_FROM)
+
+
+def test_it_is_loaded_once_many_were_asked_for(unloaded):
+    half = jit.PAYS_FROM // 2
+    found = [jit.pays(half) for _ in range(jit.PAYS_AFTER // half + 3)]
+    assert found == [False] * (jit.PAYS_AFTER // half - 1) + [True] * 4
+
+
+def test_less_is_enough_once_numba_is_loaded(monkeypatch):
+    monkeypatch.setattr(jit, "available", lambda: True)
+    monkeypatch.setitem(sys.modules, "numba", jit)
+    assert jit.pays(jit.LOADED_FROM)
+    assert not jit.pays(jit.LOADED_FROM - 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -30,19 +28,6 @@ def both(call):
             except WireError as error:
                 found.append(str(error))
     return found
-
-
-def test_small_fields_load_no_numba(monkeypatch):
-    monkeypatch.setattr(jit, "available", lambda: pytest.fail("asked for numba"))
-    monkeypatch.delitem(sys.modules, "numba", raising=False)
-    assert not jit.pays(jit.PAYS_FROM - 1)
-
-
-def test_less_is_enough_once_numba_is_loaded(monkeypatch):
-    monkeypatch.setattr(jit, "available", lambda: True)
-    monkeypatch.setitem(sys.modules, "numba", jit)
-    assert jit.pays(jit.LOADED_FROM)
-    assert not jit.pays(jit.LOADED_FROM - 1)
 
 
 @pytest.mark.parametrize("name", PLAIN)
