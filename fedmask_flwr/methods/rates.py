@@ -26,7 +26,8 @@ def affordable(
         tried[flips[:keep]] ^= True
         return pack_bits(tried)
 
-    low, high = 0, flips.size + 1
+    everything = expected_bytes(flipped(flips.size), known) <= budget
+    low, high = (flips.size if everything else 0), flips.size + 1
     while high - low > max(1, low // 64):
         middle = (low + high) // 2
         low, high = (middle, high) if expected_bytes(flipped(middle), known) <= budget else (low, middle)
