@@ -38,11 +38,11 @@ from fedmask_flwr.flower.apps import serve  # noqa: E402
 RESULTS = ROOT / "benchmarks/results"
 EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
 ROWS = {
+    "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
+    "drawstep": {"method": "drawstep", "downlink": "relay"},
+    "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
-    "drawstep": {"method": "drawstep", "downlink": "relay"},
-    "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
-    "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltastep to 1": {"method": "deltastep", "step-min": 1.0, "downlink": "relay"},
     "deltastep to 1.5": {"method": "deltastep", "step-min": 1.5, "downlink": "relay"},
@@ -131,6 +131,8 @@ def main() -> None:
             print(label, seed, f"{time.monotonic() - began:.0f} s", lines[-1]["accuracy_threshold"], flush=True)
     targets = [float(t) for t in args.targets.split(",")] if args.targets else TARGETS[args.data]
     figures = report.ratios(runs, targets[1], args.data)
+    order = {name: place for place, name in enumerate(ROWS)}
+    runs.sort(key=lambda run: (order.get(run["name"].split(",")[0], len(order)), run["name"], run["seed"]))
     print(report.table(runs, targets), ratios.table(figures), sep="\n\n")
     if args.plot:
         report.plot(runs, args.plot, f"{args.data}: {runs[0]['clients']} clients, 3 local epochs")
