@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--targets", help="accuracies, such as 0.9,0.95; the second one is that of the ratios")
     parser.add_argument("--table", action="store_true", help="print what is kept")
-    parser.add_argument("--plot", type=Path, help="a PNG of what is kept")
+    parser.add_argument("--plot", type=Path, help="a PNG of what is kept of these rows")
     parser.add_argument("--ratios", type=Path, help="JSON of the ratios, for benchmarks/bench.py")
     parser.add_argument("--quick", action="store_true", help="two rounds of three rows; nothing is kept")
     args = parser.parse_args()
@@ -135,7 +135,8 @@ def main() -> None:
     runs.sort(key=lambda run: (order.get(run["name"].split(",")[0], len(order)), run["name"], run["seed"]))
     print(report.table(runs, targets), ratios.table(figures), sep="\n\n")
     if args.plot:
-        report.plot(runs, args.plot, f"{args.data}: {runs[0]['clients']} clients, 3 local epochs")
+        shown = [run for run in runs if run["name"] in args.only.split(",")]
+        report.plot(shown, args.plot, f"{args.data}: {runs[0]['clients']} clients, 3 local epochs")
     if args.ratios:
         ratios.save(args.ratios, figures)
 
