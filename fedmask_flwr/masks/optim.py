@@ -117,7 +117,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         n = slice_length(d, device)
         self._layers = Layers(spec, params, current)
         self._work = torch.empty(self._layers.room(n), device=device)
-        self._scratch = torch.empty(4, n, device=device)
+        self._scratch: Tensor | None = None
         self._room: Room | None = None
         self.set_theta(theta)
 
@@ -235,6 +235,9 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
     def _learners(self, grads: list[Tensor | None], rates: tuple[float, ...], power: bool) -> Iterator[None]:
         """Update scores and moments, a slice at a time: one for each mask that `_masks` yields."""
         moments = [native(m) for m in self._moments.values()]
+        if self._scratch is None:
+            n = slice_length(self._spec.numel, self._scores.device)
+            self._scratch = torch.empty(4, n, device=self._scores.device)
         s, scratch = native(self._scores), native(self._scratch)
         pruned = self._rule.pruned
         for part in slices(self._spec.numel, self._scores.device):
@@ -272,15 +275,17 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
 
         At filter granularity it is one slice after all learners: filters are few, and `_work` holds all of them.
         """
-        n = len(self._work)
-        if self._room is None and self._scores.device.type == "cpu":
-            self._room = Room(slice_length(n, self._scores.device))
+        n, room = len(self._work), self._room
+        if room is None and self._scores.device.type == "cpu":
+            room = Room(slice_length(n, self._scores.device))
+            if not fused.usable(self._layers):  # whose steps have no use for it
+                self._room = room
         for start in range(0, self._spec.numel, n):
             part = slice(start, min(start + n, self._spec.numel))
             if learners is not None:
                 deque(learners, 0) if self._layers.whole else next(learners)
             values = self._work[: part.stop - part.start]
-            self._rule.write_(self._scores[part], key, values, start, self._room)
+            self._rule.write_(self._scores[part], key, values, start, room)
             yield part, values
 
     def state_dict(self) -> dict[str, Any]:
