@@ -34,6 +34,7 @@ ROWS = {
     "fedavg": {"method": "fedavg"},
     "deltamask": {"method": "deltamask", "kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4},
     "klms": {"method": "klms", "downlink": "relay"},
+    "drawstep": {"method": "drawstep", "downlink": "relay"},
 }
 KEPT = ("round", "seconds", "accuracy_threshold", "uplink_bytes", "downlink_bytes", "clients_failed")
 
