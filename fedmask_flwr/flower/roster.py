@@ -66,9 +66,31 @@ class Roster:
         order = permutation(derive(self.seed, purpose, server_round), len(nodes))
         return [nodes[i] for i in order[:size]]
 
-    def gave_up(self, nodes: Sequence[int]) -> bool:
-        """Say whether no node ever told its number, although these were asked ``TRIES`` times."""
-        return not self.told and all(self._asked[node] >= TRIES for node in nodes)
+    def audience(
+        self, grid: Grid, fraction: float, purpose: str, server_round: int, *, personal: str = ""
+    ) -> tuple[dict[int, int], int]:
+        """Number of each sampled node that is told something, and how many are told nothing.
+
+        Where each is told its own, by the method named ``personal``, that is who did not tell its number.
+
+        Raises
+        ------
+        TimeoutError
+            As `wait`.
+        RuntimeError
+            No node ever told its number, although these were asked ``TRIES`` times.
+        """
+        nodes = self.sample(grid, fraction, purpose, server_round)
+        if not personal:
+            return {node: self.told.get(node, node) for node in nodes}, 0
+        self.identify(grid, nodes)
+        known = {node: self.told[node] for node in nodes if node in self.told}
+        if not known and not self.told and all(self._asked[node] >= TRIES for node in nodes):
+            raise RuntimeError(
+                f"method {personal} tells each client its own, but no node told its number: register "
+                "fedmask_flwr.flower.identify as the ClientApp's query handler"
+            )
+        return known, len(nodes) - len(known)
 
     def identify(self, grid: Grid, nodes: Sequence[int]) -> None:
         """Ask those of ``nodes`` that have not told their client number: ``TRIES`` times, then now and again."""

@@ -9,29 +9,29 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
 from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Known, Turn, Update, View, resolve
+from fedmask_flwr.methods import Turn, Update, View, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError, pack
+from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError
 
+from .herald import Herald
 from .journal import Journal
 from .ledger import Ledger, spread, weighted_means
 from .patience import Patience
 from .prompt import meanwhile, prompt
-from .records import frame_array, frame_of, frame_record, plan_record, read_broadcast
+from .records import frame_of, read_broadcast
 from .replies import answers, destinations, integer, measured, read_updates, released, same_masks
 from .roster import Roster
 
 INFO, ERROR = 20, 40
-SHARED = 8  # broadcasts that are kept coded while messages are written
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
 Heard = tuple[int, Payload]  # the round and what it broadcast
 
@@ -135,7 +135,7 @@ class MaskStrategy(Strategy):
         self._sent: list[Message] = []
         self._silent = 0
         self._asked: list[Message] = []
-        self._coded: tuple[Any, bytes] = None, b""  # the state that was broadcast last, and its frame
+        self._herald = Herald(self.method, self.digest)
         self._frozen = frozen_weights(model, self.spec)
 
     # What the state looks like from outside
@@ -144,11 +144,11 @@ class MaskStrategy(Strategy):
         """The final mask (or weights) as one frame that can be read without this strategy."""
         # One layer: a reader needs to know nothing but the number of bits.
         one = SideInfo((self.spec.numel,))
-        return self._pack(self.method.result(self.state), server_round, one)
+        return self._herald.coded(self.method.result(self.state), server_round, one)
 
     def initial_arrays(self) -> ArrayRecord:
         """Arrays to pass to ``start``; they are the strategy's own state."""
-        return self._arrays(0)
+        return self._herald.arrays(self.state, 0)
 
     def load(self, model: nn.Module, arrays: ArrayRecord, mode: Mode = "threshold", sample: int = 0) -> nn.Module:
         """Write the network that ``arrays`` describe into ``model``: "sampled", "threshold" or "expected".
@@ -220,7 +220,7 @@ class MaskStrategy(Strategy):
             missed = {self.roster.told[node] for node in nodes.values()}.difference(heard)
             self.state = self.method.missed(self.state, sorted(missed))
         metrics = MetricRecord({**weighted_means(self.ledger.metrics), **self.ledger.line(self.method.numel)})
-        return self._arrays(server_round), metrics
+        return self._herald.arrays(self.state, server_round), metrics
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -282,7 +282,7 @@ class MaskStrategy(Strategy):
         log(INFO, "Starting %s strategy at round %d of %d:", type(self).__name__, first, num_rounds)
         self.summary()
         result = Result()
-        result.arrays = arrays = self._arrays(first - 1)
+        result.arrays = arrays = self._herald.arrays(self.state, first - 1)
         train_config, evaluate_config = train_config or ConfigRecord(), evaluate_config or ConfigRecord()
         if evaluate_fn and first == 1 and (measured := evaluate_fn(0, arrays)) is not None:
             result.evaluate_metrics_serverapp[0] = measured
@@ -329,14 +329,6 @@ class MaskStrategy(Strategy):
 
     # Inside
 
-    def _pack(self, payload: Payload, server_round: int, known: Known) -> bytes:
-        return pack(payload, digest=self.digest, round_=server_round, known=known, codecs=self.method.codecs)
-
-    def _arrays(self, server_round: int) -> ArrayRecord:
-        frame = self._pack(self.method.broadcast(self.state), server_round, self.method.heard({}))
-        self._coded = self.state, frame
-        return frame_record(frame, self.method.numel)
-
     def _turn(self, server_round: int) -> Turn:
         return Turn(self.plan.seed, server_round, self.plan.rounds, 0)
 
@@ -350,39 +342,11 @@ class MaskStrategy(Strategy):
     def _messages(
         self, grid: Grid, kind: str, fraction: float, server_round: int, config: Mapping[str, Any]
     ) -> list[Message]:
-        nodes = self.roster.sample(grid, fraction, kind, server_round)
-        if self.method.personal:
-            self.roster.identify(grid, nodes)
-            sampled, nodes = nodes, [node for node in nodes if node in self.roster.told]
-            self._silent = len(sampled) - len(nodes)
-            if not nodes and self.roster.gave_up(sampled):
-                raise RuntimeError(
-                    f"method {self.plan.method} tells each client its own, but no node told its number: register "
-                    "fedmask_flwr.flower.identify as the ClientApp's query handler"
-                )
-        say = partial(self.method.inquire if kind == "evaluate" else self.method.broadcast, self.state)
-        frames: dict[int, tuple[Payload, Array]] = {}  # one array of all messages that say the same
-        payload = None
-        messages = []
-        for node in nodes:
-            client = self.roster.told.get(node, node)
-            if self.method.personal or payload is None:
-                payload = say(client)
-            if id(payload) not in frames:
-                state, coded = self._coded
-                if state is self.state and kind == "train" and not self.method.personal:
-                    packed = replace(Frame.parse(coded), round_=server_round).to_bytes()  # only the number is new
-                else:
-                    shared = self.method.recall(self.state, client)
-                    packed = self._pack(payload, server_round, self.method.heard(shared))
-                if len(frames) == SHARED:
-                    frames.pop(next(iter(frames)))
-                frames[id(payload)] = payload, frame_array(packed, self.method.numel)
-            content = plan_record(
-                self.plan, server_round, frames[id(payload)][1], config
-            )  # one each: Flower may edit it
-            messages.append(Message(content, node, kind))
-        return messages
+        personal = self.plan.method if self.method.personal else ""
+        told, silent = self.roster.audience(grid, fraction, kind, server_round, personal=personal)
+        if personal:
+            self._silent = silent
+        return self._herald.messages(self.state, told, kind, self.plan, server_round, config)
 
     def _close(
         self, line: dict[str, Any], state: Any, arrays: ArrayRecord, evaluate_fn: EvaluateFn | None, result: Result
