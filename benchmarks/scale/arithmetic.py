@@ -15,6 +15,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parents[1] / "results"
 FLOWER_UP, FLOWER_DOWN, IDLE_UP, IDLE_CALLS = 11_250, 2_860, 227, 1 / 3 + 1 / 24  # docs/wire.md: bytes; a second
 DENSE = 4.0  # bytes a parameter of float32 FedAvg, either way
+SHOWN = ("fedpm", "deltamask", "drawstep")
 CASES = (  # devices, share that answers in a round, parameters
     (1_000, 0.1, 10**6),
     (10_000, 0.1, 10**7),
@@ -46,7 +47,7 @@ def constants() -> dict[str, dict[str, float]]:
         if row["clients"] == 10_000
     }
     found = {}
-    for name in dict.fromkeys(row["method"] for row in points):
+    for name in SHOWN:
         own = [row for row in points if row["method"] == name]
         many = max(own, key=lambda row: (row["clients"] * row["parameters"], row["clients"]))
         large = max((row for row in own if row["clients"] == 10), key=lambda row: row["parameters"])

@@ -15,7 +15,7 @@ from pydantic import Field, field_validator
 from fedmask_flwr.wire import Payload
 
 from .base import Turn
-from .beta import BetaState, Tally
+from .beta import BLOCK, BetaState, Tally
 from .following import FollowedConfig, FollowedMethod
 from .rates import cosine
 
@@ -52,7 +52,7 @@ class SteppingMethod(FollowedMethod, ABC):
 
     @abstractmethod
     def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
-        """(d,) what ``masks`` replies move theta by, times 1/step, in `LEVELS`; ``start`` is theta in the same."""
+        """(n,) what ``masks`` replies move a block of theta by, times 1/step, in `LEVELS`, as ``start`` is."""
 
     def step(self, turn: Turn) -> float:
         """From ``step`` to ``step_min`` on a cosine, in 64ths: machines differ in a cosine's last bit."""
@@ -69,13 +69,15 @@ class SteppingMethod(FollowedMethod, ABC):
 
     def moved(self, state: BetaState, tally: Tally, anew: bool) -> BetaState:
         """Theta after a round: float64 +, -, * and /, rounded once, so all ends get the same integers."""
-        start = state.ones.astype(np.float64)
-        if not state.total:
-            start += round(self.config.theta0 * LEVELS)
-        change = self.change(start, tally.votes(), tally.masks)
-        low = math.ceil(self.config.epsilon * LEVELS)
-        found = np.clip(np.rint(start + float(tally.meta["step"]) * change), low, LEVELS - low)
-        return BetaState(found.astype(np.uint32), LEVELS, 1, 0.0)
+        before = 0 if state.total else round(self.config.theta0 * LEVELS)
+        low, step, votes = math.ceil(self.config.epsilon * LEVELS), float(tally.meta["step"]), tally.votes()
+        found = np.empty(self.numel, np.uint32)
+        for a in range(0, self.numel, BLOCK):
+            part = slice(a, a + BLOCK)
+            start = state.ones[part].astype(np.float64) + before
+            change = self.change(start, {name: m[part] for name, m in votes.items()}, tally.masks)
+            found[part] = np.clip(np.rint(start + step * change), low, LEVELS - low)
+        return BetaState(found, LEVELS, 1, 0.0)
 
     def anew(self, state: BetaState) -> bool:
         """Always: theta is all there is."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from following_fleet import Fleet, some
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from stepping_turns import D, built, somewhere, trained
 from torch import nn
 
-from fedmask_flwr.methods import Turn, Update
+from fedmask_flwr.methods import Turn, Update, stepping
 from fedmask_flwr.methods.beta import BetaState, trained_theta
 from fedmask_flwr.methods.deltastep import DeltaStep, DeltaStepConfig
 from fedmask_flwr.methods.stepping import LEVELS
@@ -60,8 +62,9 @@ def test_a_budget_is_a_smaller_share(target):
     st.lists(st.lists(st.integers(0, 3), min_size=5, max_size=5), min_size=1, max_size=7),
     st.integers(64, 600).map(lambda n: n / 64),
     st.lists(st.integers(26, LEVELS - 26), min_size=5, max_size=5),
+    st.integers(1, 6),
 )
-def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones):
+def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones, block):
     model = nn.Sequential(nn.Linear(5, 1, bias=False))
     found = DeltaStep(DeltaStep.layout(model), model, DeltaStepConfig(step=step))
     state = BetaState(np.array(ones, np.uint32), LEVELS, 1, 0.0)
@@ -72,7 +75,8 @@ def test_theta_moves_by_step_times_the_mean_of_the_flips(replies, step, ones):
         }, meta={"step": step}), 1.0, 0.0)
         for k, reply in enumerate(replies)
     ]  # fmt: skip
-    after = found.aggregate(state, updates)
+    with patch.object(stepping, "BLOCK", block):
+        after = found.aggregate(state, updates)
     mean = np.mean([[(r & 1) - (r >> 1) for r in reply] for reply in replies], axis=0)
     wanted = np.clip(np.array(ones) / LEVELS + step * mean, 0.01, 0.99)
     assert np.abs(after.ones / LEVELS - wanted).max() <= 1 / LEVELS
