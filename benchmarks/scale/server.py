@@ -188,7 +188,7 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, axes in panels.items():
         axes.set(xscale="log", yscale="log", xlabel=titles[axis])
         axes.grid(visible=True, alpha=0.3)
-        axes.legend(frameon=False, fontsize="x-small")
+        axes.legend(frameon=False, fontsize="xx-small", loc="upper left")
     panels["clients"].set_ylabel("server CPU seconds a round, one core")
     figure.suptitle(
         "Decode, aggregate and make the downlink; dotted: exactly linear through the last point. Slopes are "
