@@ -86,7 +86,9 @@ def test_rows_are_aligned_and_share_no_cache_set():
 def test_memory_is_two_bytes_a_position_and_a_bit_a_digit(way):
     numel = 800_000
     mask = np.zeros(numel // 8, np.uint8)
-    VoteCounter(numel).add(mask)
+    warm = VoteCounter(numel)
+    warm.add(mask)
+    warm.votes()
     tracemalloc.start()
     try:
         counter = VoteCounter(numel)

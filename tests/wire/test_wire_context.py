@@ -226,6 +226,7 @@ def test_nothing_to_code():
 def peak_of(body, known):
     classes = known.classes()
     held = SideInfo(known.sizes, known.reference, lambda: classes)
+    CONTEXT.decode(body, held)  # loads machine code, where there is any
     tracemalloc.start()
     CONTEXT.decode(body, held)
     peak = tracemalloc.get_traced_memory()[1]
