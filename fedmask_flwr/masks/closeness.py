@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from fedmask_flwr import jit
 
+from . import hashed
 from .keyed import CHUNK, Key, Scratch, check_range
 
 CLASSES = 40
@@ -27,9 +28,7 @@ def closeness(theta: NDArray[np.float64], key: Key, start: int = 0) -> NDArray[n
     d = theta.size
     check_range(d, start)
     if jit.pays(d):
-        from .hashed import classes
-
-        return classes(theta, key, start, _LEAST, -2 * _NEAREST, CLASSES - 1)
+        return hashed.classes(theta, key, start, _LEAST, -2 * _NEAREST, CLASSES - 1)
     out, scratch = np.empty(d, np.uint8), Scratch(d)
     for a in range(0, d, CHUNK):
         p = np.clip(theta[a : a + CHUNK], _LEAST, 1.0 - _LEAST)

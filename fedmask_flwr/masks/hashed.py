@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from fedmask_flwr.jit import compiled
 
-Words = tuple[int, int]  # a `keyed.Key`
+Pair = tuple[int, int]  # the two words of a `keyed.Key`
 
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 _15, _16, _32 = np.uint32(15), np.uint32(16), np.uint64(32)
@@ -73,7 +73,7 @@ def _redraw(
         out[i] = np.int32(_mix(np.uint32(_mix(np.uint32(np.uint32(i) ^ k0)) ^ key))) < cuts[i]
 
 
-def redraw(cuts: NDArray[np.int32], lots: Words, k0: int, k1: NDArray[np.int32]) -> NDArray[np.bool_]:
+def redraw(cuts: NDArray[np.int32], lots: Pair, k0: int, k1: NDArray[np.int32]) -> NDArray[np.bool_]:
     """The mask whose position i is drawn under ``k1`` of its block: (d,) bool; ``lots`` deals out the blocks."""
     out = np.empty(cuts.size, np.bool_)
     lot0, lot1, first = (np.uint32(word % 2**32) for word in (*lots, k0))
@@ -88,7 +88,7 @@ def _bits(cuts: NDArray[np.int32], k0: np.uint32, k1: np.uint32, start: np.uint3
         out[i] = np.int32(word) < cuts[i]
 
 
-def bits(cuts: NDArray[np.int32], key: Words, start: int) -> NDArray[np.bool_]:
+def bits(cuts: NDArray[np.int32], key: Pair, start: int) -> NDArray[np.bool_]:
     """`keyed.bernoulli`: (d,) bool."""
     out = np.empty(cuts.size, np.bool_)
     k0, k1, first = (np.uint32(word % 2**32) for word in (*key, start))
@@ -122,7 +122,7 @@ def _classes(
 
 
 def classes(
-    theta: NDArray[np.float64], key: Words, start: int, least: float, offset: int, last: int
+    theta: NDArray[np.float64], key: Pair, start: int, least: float, offset: int, last: int
 ) -> NDArray[np.uint8]:
     """`closeness.closeness`: (d,) uint8 from 0 to ``last``; ``offset`` is added to the half octaves."""
     out = np.empty(theta.size, np.uint8)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fedmask_flwr import jit
 
+from . import hashed
+
 CHUNK = 1 << 16  # words; 256 KB of int32 and its scratch stay in a core's L2
 _COUNTERS = 1 << 32
 _ROUNDS = ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1))
@@ -202,9 +204,7 @@ def bernoulli(key: Key, thresholds: NDArray[np.int32], start: int = 0) -> NDArra
     n = len(thresholds)
     check_range(n, start)
     if jit.pays(n):
-        from .hashed import bits
-
-        return bits(thresholds, key, start)
+        return hashed.bits(thresholds, key, start)
     out = np.empty(n, np.bool_)
     scratch = Scratch(n)
     for a in range(0, n, CHUNK):

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from ways import needs_numba
 
-from fedmask_flwr import jit
 from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec, derive, draw, fused, kernels, optim
 from fedmask_flwr.masks.kernels import CPU_SLICE, native, probabilities, sample_, sample_torch_, sigmoid_
 
@@ -21,7 +21,6 @@ MAKE = {
     "sgd": lambda m, **k: MaskSGD(m, lr=20.0, **k),
     "momentum": lambda m, **k: MaskSGD(m, lr=7.0, momentum=0.8, **k),
 }
-needs_numba = pytest.mark.skipif(not jit.available(), reason="the optional extra fast")
 
 
 def way(patch: pytest.MonkeyPatch, name: str) -> None:

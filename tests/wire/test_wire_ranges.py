@@ -10,6 +10,7 @@ import oracles_wire as oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import needs_numba
 
 from fedmask_flwr import jit
 from fedmask_flwr.wire import (
@@ -90,7 +91,7 @@ def test_the_size_of_real_ranges_is_right(monkeypatch):
     assert len(body) < 1.04 * fuse._single(n, 1)
 
 
-@pytest.mark.skipif(not jit.available(), reason="numba is the optional extra 'fast'")
+@needs_numba
 def test_short_ranges_of_a_long_field_are_asked_by_machine_code(monkeypatch):
     body = CODEC.encode(bits_of(D, 5000), SideInfo((D,)))
     expected = CODEC.decode(body, SideInfo((D,)))
