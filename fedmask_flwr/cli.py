@@ -211,15 +211,15 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a comparison, or of one continual run.")],
 ) -> None:
     """Print and write a comparison's table and picture again, or a continual run's, from what was recorded."""
-    from fedmask_flwr import attention
     from fedmask_flwr.compare import results
+    from fedmask_flwr.continual import report as tasks
     from fedmask_flwr.simulation import comparing, launch
     from fedmask_flwr.track import CONFIG
 
     single = (folder / CONFIG).exists() and not (folder / results.INDEX).exists()
     try:
-        (attention.show if single else comparing.show)(folder, Console())
-    except (attention.ReportError, launch.RunError) as error:
+        (tasks.show if single else comparing.show)(folder, Console())
+    except (tasks.ReportError, launch.RunError) as error:
         _stop(str(error), FAILED)
 
 

@@ -12,8 +12,8 @@ import json
 import sys
 from pathlib import Path
 
-from fedmask_flwr.attention import forgetting
 from fedmask_flwr.compare.results import INDEX, read
+from fedmask_flwr.continual.figures import forgetting
 from fedmask_flwr.track import CONFIG, METRICS, read_lines
 
 HERE = Path(__file__).parent

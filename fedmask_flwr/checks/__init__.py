@@ -18,5 +18,5 @@ from .base import examine as examine
 
 __all__ = ["CHECKS", "Asked", "Check", "Finding", "check", "endpoint", "examine"]
 
-for _room in ("software", "network", "machine", "disks", "content"):  # the order in which they are run
+for _room in ("software", "network", "clock", "machine", "disks", "content"):  # the order in which they are run
     import_module(f"{__name__}.{_room}")

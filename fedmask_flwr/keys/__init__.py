@@ -1,12 +1,12 @@
 """Keys and certificates of a deployment; what ``fedmask keys`` does."""
 
+from .certificate import load_ca as load_ca
 from .facts import Shown as Shown
 from .facts import fingerprint as fingerprint
 from .facts import public_key as public_key
 from .facts import show as show
 from .files import KeysError as KeysError
 from .files import drop as drop
-from .make import load_ca as load_ca
 from .make import make_ca as make_ca
 from .make import make_node as make_node
 from .make import make_server as make_server

@@ -15,8 +15,8 @@ from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from .certificate import certificates, extension
 from .files import KeysError, read, too_wide
-from .make import certificates, extension
 
 __all__ = ["Shown", "fingerprint", "public_key", "show"]
 

@@ -1,15 +1,9 @@
-"""What a continual run came to: losses at each task's end, what was forgotten, and who helped whom.
-
-``fedmask report FOLDER`` prints it and writes ``report.md`` and ``attention.png``. alpha of (client, task) for
-(owner client, owner task) is what the first gives the second's task-adaptive parameters, mean over weight tensors.
-"""
+"""``fedmask report`` on a continual run's folder: prints its tables, writes ``report.md`` and ``attention.png``."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +13,27 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from . import track
-from .checkpoint import write_atomic
+from fedmask_flwr import track
+from fedmask_flwr.checkpoint import write_atomic
 
-__all__ = ["Attention", "ReportError", "attention", "draw", "forgetting", "latest", "show", "task_ends"]
+from .figures import (
+    ACCURACIES,
+    LOSSES,
+    Attention,
+    Entry,
+    Line,
+    attention,
+    forgetting,
+    is_count,
+    latest,
+    number,
+    task_ends,
+    tasks_of,
+)
+
+__all__ = ["ReportError", "draw", "show"]
 
 REPORT, PICTURE = "report.md", "attention.png"
-LOSSES = (
-    ("new", "client_loss_new"),
-    ("base", "client_loss_base"),
-    ("average", "client_loss"),
-    ("mixture", "client_loss_mixture"),
-    ("latest", "client_loss_latest"),
-)
-ACCURACIES = (
-    ("new", "client_accuracy_new"),
-    ("base", "client_accuracy_base"),
-    ("average", "client_accuracy"),
-)
 PANELS = (
     ("loss", "Loss, nats an example (lower is better)", LOSSES, "{:.3f}"),
     ("accuracy", "Accuracy", ACCURACIES, "{:.4f}"),
@@ -49,124 +46,9 @@ LEGEND = (
 _WIDEST = 9  # owners that fit 80 columns
 _HELPERS = 4  # named where they do not
 
-Line = Mapping[str, Any]
-Entry = tuple[int, int]
-
 
 class ReportError(RuntimeError):
     """A folder holds no continual run, or a damaged one; the message says which."""
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """Who helped whom: ``alpha`` (learners, owners), signed; NaN where a learner reported none.
-
-    A learner or an owner is a (client, task), both from 0, in ascending order.
-    """
-
-    learners: tuple[Entry, ...]
-    owners: tuple[Entry, ...]
-    alpha: npt.NDArray[np.float64]
-
-
-def attention(rows: Iterable[Sequence[Any]]) -> Attention:
-    """Make a matrix of rows (client, task, owner client, owner task, alpha); of two for one place the later counts.
-
-    Raises
-    ------
-    ValueError
-        A row is none.
-    """
-    found: dict[tuple[Entry, Entry], float] = {}
-    for row in rows:
-        if not isinstance(row, list | tuple) or len(row) != 5 or not all(map(_is_count, row[:4])):
-            raise ValueError(f"{row!r} is no row (client, task, owner client, owner task, alpha)")
-        if (alpha := _number(row[4])) is None:
-            raise ValueError(f"alpha of {row!r} is no finite number")
-        found[(row[0], row[1]), (row[2], row[3])] = alpha
-    learners = tuple(sorted({learner for learner, _ in found}))
-    owners = tuple(sorted({owner for _, owner in found}))
-    matrix = np.full((len(learners), len(owners)), np.nan)
-    for (learner, owner), alpha in found.items():
-        matrix[learners.index(learner), owners.index(owner)] = alpha
-    return Attention(learners, owners, matrix)
-
-
-def latest(lines: Iterable[Line]) -> list[Sequence[Any]]:
-    """Rows of each (client, task)'s last report; an owner that it no longer names is gone.
-
-    Raises
-    ------
-    ValueError
-        A line's attention is no list of rows.
-    """
-    reports: dict[Entry, list[Sequence[Any]]] = {}
-    for line in lines:
-        rows = line.get("attention") or []
-        if not isinstance(rows, list):
-            raise ValueError(f"attention of round {line.get('round')} is no list")
-        attention(rows)
-        fresh: dict[Entry, list[Sequence[Any]]] = {}
-        for row in rows:
-            fresh.setdefault((row[0], row[1]), []).append(row)
-        reports |= fresh
-    return [row for rows in reports.values() for row in rows]
-
-
-def forgetting(lines: Sequence[Line], tasks: int | None = None) -> dict[str, float]:
-    """How much worse the earlier tasks are at the last evaluation than at their best before; what is known of it.
-
-    "loss": mean over j < tasks - 1 of (last L_j - least earlier L_j), nats. "accuracy": of (greatest earlier a_j -
-    last a_j). Below 0: they became better. ``tasks`` have been met; None: as many as the lines have figures of. A
-    task that was never evaluated before is left out of the mean.
-    """
-    tasks = _tasks(lines) if tasks is None else tasks
-    found = {}
-    for kind, sign in (("loss", 1), ("accuracy", -1)):
-        names = [f"client_{kind}_task_{j}" for j in range(tasks - 1)]
-        # The last line that evaluates any of them, so that one task's lack does not bring up an older figure.
-        at = max((i for i, line in enumerate(lines) for n in names if _number(line.get(n)) is not None), default=0)
-        worse = []
-        for name in names:
-            before = [sign * v for line in lines[:at] if (v := _number(line.get(name))) is not None]
-            last = _number(lines[at].get(name)) if lines else None
-            if before and last is not None:
-                worse.append(sign * last - min(before))
-        if worse:
-            found[kind] = sum(worse) / len(worse)
-    return found
-
-
-def task_ends(lines: Sequence[Line], tasks: int, rounds: int) -> list[tuple[int, int]]:
-    """(task, index of a line): the last evaluation in each task's rounds; a task without one is left out.
-
-    ``rounds`` is the whole run's; each task has an equal share of them.
-    """
-    ends: dict[int, int] = {}
-    for i, line in enumerate(lines):
-        if any(_number(line.get(key)) is not None for _, key in (*LOSSES, *ACCURACIES)) or _tasks([line]):
-            ends[min(tasks - 1, (int(line["round"]) - 1) * tasks // rounds)] = i
-    return sorted(ends.items())
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def _tasks(lines: Iterable[Line]) -> int:
-    """1 + the greatest task that a line has a figure of; 0: none."""
-    heads = ("client_loss_task_", "client_accuracy_task_")
-    tails = [key.removeprefix(head) for line in lines for key in line for head in heads if key.startswith(head)]
-    return 1 + max((int(tail) for tail in tails if tail.isascii() and tail.isdigit()), default=-1)
-
-
-# A folder's report
 
 
 def show(folder: Path, console: Console) -> None:
@@ -229,8 +111,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _scenario_tasks(config: Mapping[str, Any]) -> int:
     """T of the run's scenario; 0 where its table is not on this machine."""
-    from .config import ConfigError
-    from .data.scenario import scenario
+    from fedmask_flwr.config import ConfigError
+    from fedmask_flwr.data.scenario import scenario
 
     try:
         return scenario(str(config.get("scenario") or "")).tasks
@@ -240,24 +122,22 @@ def _scenario_tasks(config: Mapping[str, Any]) -> int:
 
 def _panels(config: Mapping[str, Any], lines: Sequence[Line]) -> list[tuple[str, list[str], list[list[str]]]]:
     """(title, head, rows) of each table of tasks; columns that no row has are left out."""
-    tasks = max(_tasks(lines), _scenario_tasks(config))
+    tasks = max(tasks_of(lines), _scenario_tasks(config))
     if not tasks:
         return []
     rounds = config.get("num-server-rounds")
-    if not _is_count(rounds) or not rounds:
+    if not is_count(rounds) or not rounds:
         raise ReportError(f"num-server-rounds in {track.CONFIG} is {rounds!r}, not a number of rounds")
     ends = task_ends(lines, tasks, rounds)
     found = []
     for kind, title, columns, form in PANELS:
-        here = [
-            (name, key) for name, key in columns if any(_number(lines[i].get(key)) is not None for _, i in ends)
-        ]
+        here = [(name, key) for name, key in columns if any(number(lines[i].get(key)) is not None for _, i in ends)]
         lost = [forgetting(lines[: i + 1], task + 1).get(kind) for task, i in ends]
         if not here and not any(value is not None for value in lost):
             continue
         body = []
         for (task, i), forgot in zip(ends, lost, strict=True):
-            values = [*(_number(lines[i].get(key)) for _, key in here), forgot]
+            values = [*(number(lines[i].get(key)) for _, key in here), forgot]
             cells = ["-" if value is None else form.format(value) for value in values]
             body.append([str(task), str(lines[i]["round"]), *cells])
         found.append((title, ["task", "round", *(name for name, _ in here), "forgetting"], body))

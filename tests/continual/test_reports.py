@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from fedmask_flwr.attention import attention, forgetting, latest, task_ends
 from fedmask_flwr.cli import app
+from fedmask_flwr.continual.figures import attention, forgetting, latest, task_ends
 
 TASKS, EACH = 3, 4
 ROUNDS = TASKS * EACH
@@ -219,7 +219,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedmask_flwr.attention.write_atomic", full)
+    monkeypatch.setattr("fedmask_flwr.continual.report.write_atomic", full)
     code, said = report(folder(tmp_path, lines()))
     assert (code, "No space left" in said) == (1, True)
 
@@ -227,7 +227,8 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
 def test_drawing_needs_no_display(tmp_path):
     """No pyplot, whose state is global."""
     code = (
-        "import sys; from pathlib import Path; from fedmask_flwr.attention import attention, draw;"
+        "import sys; from pathlib import Path; from fedmask_flwr.continual.figures import attention;"
+        "from fedmask_flwr.continual.report import draw;"
         f"draw(attention([[0, 1, 0, 0, 0.0]]), Path({str(tmp_path / 'a.png')!r}));"
         "print('matplotlib.pyplot' in sys.modules)"
     )

@@ -12,7 +12,7 @@ import pytest
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedmask_flwr.checks import network, signed
+from fedmask_flwr.checks import clock, signed
 from fedmask_flwr.checks.base import Asked
 
 
@@ -73,12 +73,12 @@ def test_the_search_has_an_end():
 
 
 def test_the_doctor_names_the_clock(superlink, monkeypatch):
-    monkeypatch.setattr(network, "speaks", lambda: "grpc")
+    monkeypatch.setattr(clock, "SECONDS", 4.0)
     for off, status, words in (
         (-3600, "fail", "ahead of the SuperLink's"),
         (3600, "fail", "behind"),
         (0, "ok", "0 s"),
     ):
-        found = network.clock(Asked(superlink(off)))
+        found = clock.clock(Asked(superlink(off)))
         assert (found.status, words in found.seen) == (status, True), found
     assert datetime.now(UTC).strftime("%Y-%m-%d") in found.seen
