@@ -1,15 +1,34 @@
-"""The command line: ``fedmask run``, ``compare``, ``report``, ``export`` and ``inspect``."""
+"""The command line: ``fedmask run``, ``compare``, ``report`` and ``export``; others look, or make keys."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from fedmask_flwr import __version__
 from fedmask_flwr.keys_cli import keys_app
+from fedmask_flwr.looks_cli import looks_app
+from fedmask_flwr.options import (
+    FAILED,
+    USAGE,
+    Alpha,
+    BatchSize,
+    Clients,
+    Config,
+    Cpus,
+    Data,
+    DataDir,
+    Gpus,
+    LocalEpochs,
+    Model,
+    Partition,
+    Rounds,
+    given,
+    stop,
+)
 
 __all__ = ["app"]
 
@@ -19,17 +38,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Ship masks, not weights: federated learning of binary masks over frozen networks, on Flower.",
 )
-
-app.add_typer(keys_app, name="keys")
-
-FAILED, USAGE = 1, 2
-
-
-def _stop(message: str, code: int) -> NoReturn:
-    Console(stderr=True).print(
-        message, style="red" if code else None, markup=False, highlight=False, soft_wrap=True
-    )
-    raise typer.Exit(code)
 
 
 def _version(asked: bool) -> None:
@@ -45,36 +53,6 @@ def _main(
     ] = False,
 ) -> None:
     pass
-
-
-# Options of every command that trains; what is not given keeps the app's default.
-Clients = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
-Data = Annotated[
-    str | None,
-    typer.Option(help="digits, mnist, fashion-mnist, cifar10, npz or 'package.module:function'."),
-]
-DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
-Model = Annotated[
-    str | None,
-    typer.Option(help="mlp, lenet5, leaf, har, conv4, conv6, torchvision:NAME or 'package.module:builder'."),
-]
-Rounds = Annotated[int | None, typer.Option(help="Rounds.")]
-LocalEpochs = Annotated[int | None, typer.Option(help="Epochs a client trains in a round.")]
-BatchSize = Annotated[int | None, typer.Option(help="Examples in a batch.")]
-Partition = Annotated[str | None, typer.Option(help="iid, dirichlet, classes or group.")]
-Alpha = Annotated[float | None, typer.Option(help="Concentration of the Dirichlet partition.")]
-Config = Annotated[
-    list[str] | None,
-    typer.Option("-c", "--config", metavar="KEY=VALUE", help="Any other run-config key; repeatable."),
-]
-Cpus = Annotated[int, typer.Option(min=1, help="CPU cores a client task reserves.")]
-Gpus = Annotated[float, typer.Option(min=0, help="GPUs (or a share of one) a client task reserves.")]
-
-
-def _given(**options: str | int | float | Path | None) -> dict[str, str | int | float | bool]:
-    """Run-config keys of the options that were given; data_dir becomes data-dir."""
-    named = {name.replace("_", "-"): value for name, value in options.items() if value is not None}
-    return {name: str(value) if isinstance(value, Path) else value for name, value in named.items()}
 
 
 @app.command()
@@ -110,7 +88,7 @@ def run(
     """
     from fedmask_flwr.simulation import launch
 
-    given = _given(
+    chosen = given(
         method=method,
         data=data,
         data_dir=data_dir,
@@ -126,15 +104,15 @@ def run(
     )
     console = Console()
     try:
-        plan = launch.prepare(given, config or [], out, clients=clients, overwrite=overwrite)
+        plan = launch.prepare(chosen, config or [], out, clients=clients, overwrite=overwrite)
     except launch.UsageError as error:
-        _stop(str(error), USAGE)
+        stop(str(error), USAGE)
     try:
         launch.launch(plan, console, num_clients=clients, cpus=cpus_per_client, gpus=gpus_per_client)
     except launch.RunError as error:
-        _stop(str(error), FAILED)
+        stop(str(error), FAILED)
     except KeyboardInterrupt:
-        _stop(f"stopped; the same command resumes {plan.out}", 130)
+        stop(f"stopped; the same command resumes {plan.out}", 130)
 
 
 @app.command()
@@ -175,7 +153,7 @@ def compare(
     """
     from fedmask_flwr.simulation import comparing, launch
 
-    given = _given(
+    chosen = given(
         data=data,
         data_dir=data_dir,
         model=model,
@@ -187,7 +165,7 @@ def compare(
     )
     try:
         plan = comparing.prepare(
-            given,
+            chosen,
             config or [],
             out,
             methods=methods,
@@ -197,13 +175,13 @@ def compare(
             overwrite=overwrite,
         )
     except launch.UsageError as error:
-        _stop(str(error), USAGE)
+        stop(str(error), USAGE)
     try:
         comparing.launch_all(plan, Console(), num_clients=clients, cpus=cpus_per_client, gpus=gpus_per_client)
     except launch.RunError as error:
-        _stop(str(error), FAILED)
+        stop(str(error), FAILED)
     except KeyboardInterrupt:
-        _stop(f"stopped; the same command resumes {plan.out}", 130)
+        stop(f"stopped; the same command resumes {plan.out}", 130)
 
 
 @app.command()
@@ -220,7 +198,7 @@ def report(
     try:
         (tasks.show if single else comparing.show)(folder, Console())
     except (tasks.ReportError, launch.RunError) as error:
-        _stop(str(error), FAILED)
+        stop(str(error), FAILED)
 
 
 @app.command()
@@ -257,7 +235,7 @@ def export(
             run, out, slim=slim, onnx=onnx, data_dir=where, client=client, task=task, overwrite=overwrite
         )
     except (exporting.ExportError, OSError) as error:
-        _stop(str(error), FAILED)
+        stop(str(error), FAILED)
     Console().print(exporting.show(done, out), soft_wrap=True)
 
 
@@ -269,79 +247,11 @@ def supernode(context: typer.Context) -> None:
     try:
         start(context.args)
     except FileNotFoundError as error:
-        _stop(str(error), FAILED)
+        stop(str(error), FAILED)
 
 
-@app.command()
-def inspect(file: Annotated[Path, typer.Argument(help="A frame: mask.fedmask, or a captured message.")]) -> None:
-    """Print what a frame holds: header, fields, codecs, bits per parameter, density of bit fields."""
-    from fedmask_flwr.describe import describe
-    from fedmask_flwr.wire import WireError
-
-    try:
-        Console().print(describe(file.read_bytes()))
-    except (OSError, WireError) as error:
-        _stop(f"{file}: {getattr(error, 'strerror', None) or error}", FAILED)
-
-
-@app.command()
-def status(
-    folder: Annotated[Path, typer.Argument(help="Folder of a run, or of a comparison.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    stall: Annotated[
-        float | None, typer.Option(min=0, help="Seconds without a round after which a run counts as stalled.")
-    ] = None,
-) -> None:
-    """Say where a run stands: round, pace, accuracy, bytes, failures, checkpoint. The folder is only read.
-
-    Exit code 0: it runs or is finished. 1: stalled, stopped or failed. 2: there is no run.
-    """
-    from fedmask_flwr import status as standing
-
-    try:
-        code = standing.report(folder, Console(), as_json=as_json, stall=stall)
-    except standing.NoRunError as error:
-        _stop(str(error), USAGE)
-    raise typer.Exit(code)
-
-
-@app.command()
-def doctor(
-    superlink: Annotated[
-        str | None, typer.Option(metavar="HOST:PORT", help="The SuperLink's address for nodes.")
-    ] = None,
-    root_certificates: Annotated[Path | None, typer.Option(help="The CA's certificate, as nodes get it.")] = None,
-    auth_key: Annotated[Path | None, typer.Option(help="The node's private key.")] = None,
-    data: Data = None,
-    data_dir: DataDir = None,
-    model: Model = None,
-    weights: Annotated[str | None, typer.Option(help="Frozen weights: seed:N, file:PATH#sha256=HEX, ...")] = None,
-    memory_dir: Annotated[Path | None, typer.Option(help="Folder of this device's memory.")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Folder of a run: its settings are taken, its files are looked at.")
-    ] = None,
-    config: Config = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Look at this device or server: versions, way to the SuperLink, TLS, clock, disks, memory, data, network.
-
-    Each finding comes with its remedy. Exit code 0: nothing failed. 1: something did. 2: a wrong option.
-    """
-    from fedmask_flwr import doctor as doctoring
-
-    try:
-        asked = doctoring.asking(
-            superlink=superlink,
-            root_certificates=root_certificates,
-            auth_key=auth_key,
-            memory_dir=memory_dir,
-            run=run,
-            options=_given(data=data, data_dir=data_dir, model=model, weights=weights),
-            pairs=config or [],
-        )
-    except doctoring.UsageError as error:
-        _stop(str(error), USAGE)
-    raise typer.Exit(doctoring.diagnose(asked, Console(), as_json=as_json))
+app.add_typer(looks_app)
+app.add_typer(keys_app, name="keys")
 
 
 if __name__ == "__main__":

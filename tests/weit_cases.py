@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedmask_flwr.methods.weit_server import SKETCH
+from fedmask_flwr.methods.weit_state import SKETCH
 from fedmask_flwr.wire import Counts, Payload
 
 NONE = Counts(np.zeros(0, np.uint32), 0)

@@ -27,7 +27,8 @@ from .dense import LEARNING_RATE, read_tensors, write_tensors
 from .drift import Drift
 from .layers import plain
 from .recollection import Floats, Ids, Recollection
-from .weit_server import FOUND, SKETCH, Flags, WeitServer, counts_of, task_of
+from .weit_server import Flags, WeitServer
+from .weit_state import FOUND, SKETCH, counts_of, task_of
 
 
 class Weit(WeitServer, ABC):

@@ -4,74 +4,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 from torch import Tensor, nn
 
 from fedmask_flwr.aggregate import KnowledgeBase
 from fedmask_flwr.masks import MaskSpec, Mode, Structure
-from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, popcount
+from fedmask_flwr.wire import Payload, SideInfo, WireError, popcount
 
 from .base import Fields, Known, Memory, Method, MethodConfig, Turn, Update
 from .dense import float_entries, read_tensors
 from .layers import last_layers, plain
 from .recollection import Floats, Ids
+from .weit_state import FOUND, SKETCH, WeitConfig, WeitState, counts_of, of, put, task_of
 
 SLOTS = 64  # entries of knowledge in one message; what is more follows in the next round
-SKETCH = 512  # floats that stand for an A where entries are compared
-FOUND = -1  # the task that a server names where devices find theirs themselves
-LATEST = 2**20  # tasks are numbered below
 LARGEST = 1e30  # of a weight: sums over clients and tasks must stay finite
 Flags = npt.NDArray[np.bool_]
-
-
-class WeitConfig(MethodConfig):
-    """Settings of the FedWeIT family; defaults are those of ``compat`` "fixed"."""
-
-    tasks: int = Field(
-        1, ge=0, lt=LATEST, description="tasks, each of as many rounds; 0: devices notice a new task by its losses"
-    )
-    lambda1: float = Field(1e-4, ge=0.0, description="weight of |A|")
-    lambda2: float = Field(100.0, ge=0.0, description="weight of what earlier tasks lose; 0: they may")
-    client_sparsity: float = Field(0.2, ge=0.0, lt=1.0, description="share of B's columns that a device keeps back")
-    retroactive: Literal["exact", "gradient", "freeze"] = Field(
-        "exact", description="how earlier A follow B: solved for each round, trained, or not at all"
-    )
-    retrieve: int = Field(-1, ge=-1, description="entries of knowledge for a task, the likest; -1: all, 0: none")
-    probe_rounds: int = Field(2, ge=1, description="rounds of a task after which its A says what is alike")
-    prune_below: float = Field(0.02, ge=0.0, description="values of A up to this stay on the device")
-    kb_budget: float = Field(64.0, gt=0.0, description="MB of knowledge on the server")
-    weighted: bool = Field(False, description="average B by numbers of examples")
-    local_layers: int = Field(
-        -1, ge=-1, description="last layers that are each task's own; -1: one, or none of a density model"
-    )
-    compat: Literal["fixed", "released"] = Field(
-        "fixed", description='"released": three choices of the published code, see the card'
-    )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class WeitState:
-    """What the server knows; n packed values, of clients that have answered.
-
-    ``base`` (n,) is theta_G, or (0,) before the first round; ``sent`` (columns,) says which columns some client has
-    sent. ``task`` is the one told (-1: devices find theirs), ``last`` 1 in its last round, ``clock`` the round.
-    Rows of ``contacts`` are [client, task, probes], of ``holds`` and ``chosen`` [client, entry].
-    """
-
-    base: Floats
-    sent: npt.NDArray[np.uint8]
-    task: int
-    last: int
-    clock: int
-    contacts: npt.NDArray[np.uint64]
-    holds: npt.NDArray[np.uint64]
-    chosen: npt.NDArray[np.uint64]
-    knowledge: KnowledgeBase
 
 
 class WeitServer(Method[WeitState], ABC):
@@ -187,7 +139,7 @@ class WeitServer(Method[WeitState], ABC):
         rows = state.contacts[state.contacts[:, 0] == np.uint64(client)]
         if state.task == FOUND and len(rows):
             meta["at"] = int(rows[0, 1])
-        new = np.setdiff1d(use, _of(state.holds, client))[:SLOTS]
+        new = np.setdiff1d(use, of(state.holds, client))[:SLOTS]
         for slot, i in enumerate(new):
             bits[f"where.{slot}"], dense[f"values.{slot}"] = state.knowledge.entry(int(i))
         came = np.array(state.knowledge.tasks(client), np.int64)
@@ -201,9 +153,9 @@ class WeitServer(Method[WeitState], ABC):
             return found, False
         if not self._present(state, client):
             return found[:0], k > 0
-        chosen = np.intersect1d(found, _of(state.chosen, client))
+        chosen = np.intersect1d(found, of(state.chosen, client))
         # Until it is chosen anew it goes on with what it holds: attention that was learned is not thrown away.
-        use = chosen if len(chosen) else np.intersect1d(found, _of(state.holds, client))[:k]
+        use = chosen if len(chosen) else np.intersect1d(found, of(state.holds, client))[:k]
         return use, len(chosen) < k
 
     def _present(self, state: WeitState, client: int) -> bool:
@@ -260,14 +212,14 @@ class WeitServer(Method[WeitState], ABC):
             row = contacts[contacts[:, 0] == np.uint64(client)]
             task, same = int(p.meta["task"]), len(row) and int(row[0, 1]) == int(p.meta["task"])
             probes = (int(row[0, 2]) if same else 0) + bool(p.dense["sketch"].size)
-            contacts = _put(contacts, client, [[task, probes]])
+            contacts = put(contacts, client, [[task, probes]])
             held = np.intersect1d(p.counts["holds"].values.astype(np.int64), knowledge.ids)
-            holds = _put(holds, client, held[:, None])
+            holds = put(holds, client, held[:, None])
             if not same:
-                chosen = _put(chosen, client, [])
+                chosen = put(chosen, client, [])
             if p.dense["sketch"].size and probes >= self.config.probe_rounds:
                 near = state.knowledge.nearest(client, p.dense["sketch"], self.config.retrieve)
-                chosen = _put(chosen, client, near[:, None])
+                chosen = put(chosen, client, near[:, None])
         if not heard:
             return state
         came = weights > 0
@@ -302,18 +254,6 @@ class WeitServer(Method[WeitState], ABC):
         return {"task": state.task, **size, "attention": rows}
 
 
-def task_of(value: Any, name: str, floor: int) -> int:
-    """Check a task number that came with a message."""
-    if not isinstance(value, int) or not floor <= value < LATEST:
-        raise WireError(f"{name} is {value!r}: expected a number from {floor} to {LATEST - 1}")
-    return value
-
-
-def counts_of(ids: Ids) -> Counts:
-    """Make a field of ids."""
-    return Counts(ids.astype(np.uint32), int(ids.max(initial=0)))
-
-
 def _entry(update: Update) -> list[tuple[int, int, npt.NDArray[np.uint8], Floats]]:
     """The finished task that a reply brings, as ``KnowledgeBase.extend`` takes it; [] where it brings none."""
     p = update.payload
@@ -324,15 +264,3 @@ def _entry(update: Update) -> list[tuple[int, int, npt.NDArray[np.uint8], Floats
 
 def _sketch(payload: Payload) -> Floats:
     return payload.dense["sketch"] if payload.dense["sketch"].size else np.zeros(SKETCH, np.float32)
-
-
-def _of(rows: npt.NDArray[np.uint64], client: int) -> Ids:
-    mine: Ids = rows[rows[:, 0] == np.uint64(client), 1].astype(np.int64)
-    return mine
-
-
-def _put(rows: npt.NDArray[np.uint64], client: int, values: Any) -> npt.NDArray[np.uint64]:
-    """Rows with those of a client replaced by ``values``, (k, width - 1)."""
-    new = np.asarray(values, np.uint64).reshape(-1, rows.shape[1] - 1)
-    mine = np.concatenate([np.full((len(new), 1), client, np.uint64), new], axis=1)
-    return np.concatenate([rows[rows[:, 0] != np.uint64(client)], mine])

@@ -25,7 +25,7 @@ from fedmask_flwr.flower.records import frame_record
 from fedmask_flwr.flower.replies import MOST, finite
 from fedmask_flwr.flower.strategy import MaskStrategy
 from fedmask_flwr.made import made
-from fedmask_flwr.methods.weit_server import WeitState
+from fedmask_flwr.methods.weit_state import WeitState
 from fedmask_flwr.train import STEPS
 from fedmask_flwr.wire import Frame
 

@@ -15,7 +15,7 @@ from weit_turns import ROUNDS, Device, begun, build, different, edited, folded, 
 from fedmask_flwr.aggregate import densify, sketch
 from fedmask_flwr.methods import Turn, Update, weit_server
 from fedmask_flwr.methods.reading import read_reply
-from fedmask_flwr.methods.weit_server import FOUND, SKETCH
+from fedmask_flwr.methods.weit_state import FOUND, SKETCH
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack
 
 METHOD = build(tasks=2)
