@@ -138,10 +138,10 @@ def evaluate_modes(
         return {}
     loss: dict[str, float] = {}
     accuracy: dict[str, float] = {}
-    heard = strategy.read(arrays)
+    heard = strategy.networks.read(arrays)
     for mode in modes:
         draws = range(samples if mode == "sampled" else 1)
-        pairs = [evaluate(strategy.install(heard, model, mode, draw), x, y, losses) for draw in draws]
+        pairs = [evaluate(strategy.networks.install(heard, model, mode, draw), x, y, losses) for draw in draws]
         loss[mode] = sum(value for value, _ in pairs) / len(pairs)
         if judged := [right for _, right in pairs if right is not None]:
             accuracy[mode] = sum(judged) / len(judged)

@@ -15,25 +15,24 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import nn
 
-from fedmask_flwr.masks import Mode, derive, frozen_weights, initialise, model_digest
-from fedmask_flwr.methods import Turn, Update, View, resolve
+from fedmask_flwr.masks import Mode, frozen_weights, initialise, model_digest
+from fedmask_flwr.methods import Turn, Update, resolve
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import CODECS, Frame, Payload, SideInfo, WireError
+from fedmask_flwr.wire import CODECS, Payload, SideInfo, WireError
 
 from .herald import Herald
 from .journal import Journal
 from .ledger import Ledger, spread, weighted_means
+from .networks import Networks
 from .patience import Patience
 from .prompt import meanwhile, prompt
-from .records import frame_of, read_broadcast
 from .replies import answers, destinations, integer, measured, read_updates, released, same_masks
 from .roster import Roster
 
 INFO, ERROR = 20, 40
 EvaluateFn = Callable[[int, ArrayRecord], MetricRecord | None]
-Heard = tuple[int, Payload]  # the round and what it broadcast
 
 
 class MaskStrategy(Strategy):
@@ -136,7 +135,7 @@ class MaskStrategy(Strategy):
         self._silent = 0
         self._asked: list[Message] = []
         self._herald = Herald(self.method, self.digest)
-        self._frozen = frozen_weights(model, self.spec)
+        self.networks = Networks(self.method, self.plan, self.digest, frozen_weights(model, self.spec))
 
     # What the state looks like from outside
 
@@ -156,28 +155,7 @@ class MaskStrategy(Strategy):
         ``model`` must be of the strategy's class; its weights are overwritten. Equal ``sample`` numbers draw
         equal networks.
         """
-        if not self.method.modes:
-            raise ValueError(
-                f"method {self.plan.method} has no network that the server could evaluate: let devices do it, with "
-                "fraction_evaluate above 0"
-            )
-        return self.install(self.read(arrays), model, mode, sample)
-
-    def read(self, arrays: ArrayRecord) -> Heard:
-        """Decode ``arrays`` once, to `install` several networks from."""
-        frame = frame_of(arrays)
-        got = read_broadcast(frame, self.method, {}, digest=self.digest, round_=None)
-        return Frame.parse(frame).round_, got
-
-    def install(self, heard: Heard, model: nn.Module, mode: Mode = "threshold", sample: int = 0) -> nn.Module:
-        """`load`, of what was `read`."""
-        server_round, got = heard
-        mode = mode if mode in self.method.modes else self.method.modes[0]
-        if self.plan.weights != AS_BUILT:
-            initialise(model, self.plan.weights)
-        key = derive(self.plan.seed, "evaluate", server_round, "server", sample)
-        self.method.install(got, model, self._frozen.to(next(model.parameters()).device), View(mode, key))
-        return model
+        return self.networks.install(self.networks.read(arrays), model, mode, sample)
 
     # Flower's strategy
 
