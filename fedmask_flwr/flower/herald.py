@@ -13,7 +13,7 @@ from fedmask_flwr.methods import Known, Method
 from fedmask_flwr.plan import Plan
 from fedmask_flwr.wire import Frame, Payload, pack
 
-from .records import frame_array, frame_record, plan_record
+from .records import content_of, frame_array, frame_record, plan_config
 
 SHARED = 8  # broadcasts that are kept coded while messages are written
 
@@ -49,7 +49,7 @@ class Herald:
         method = self._method
         say = partial(method.inquire if kind == "evaluate" else method.broadcast, state)
         frames: dict[int, tuple[Payload, Array]] = {}  # one array of all messages that say the same
-        payload = None
+        told, payload = plan_config(plan, server_round, config), None
         messages = []
         for node, client in clients.items():
             if method.personal or payload is None:
@@ -60,8 +60,7 @@ class Herald:
                     frames.pop(next(iter(frames)))
                 frames[id(payload)] = payload, frame_array(packed, method.numel)
             # a record each: Flower may edit it
-            content = plan_record(plan, server_round, frames[id(payload)][1], config)
-            messages.append(Message(content, node, kind))
+            messages.append(Message(content_of(frames[id(payload)][1], told), node, kind))
         return messages
 
     def _frame(self, state: Any, payload: Payload, client: int, kind: str, server_round: int) -> bytes:

@@ -20,10 +20,14 @@ FRAME, ARRAYS, CONFIG, METRICS, MASKS = "frame", "arrays", "config", "metrics", 
 R = TypeVar("R", ArrayRecord, MetricRecord, ConfigRecord)
 
 
-def plan_record(plan: Plan, server_round: int, frame: Array, config: Mapping[str, Any]) -> RecordDict:
-    """Put frame, plan and what else ``config`` says into a message's content."""
-    told: dict[str, Any] = {"server-round": server_round, "plan": json.dumps(asdict(plan), sort_keys=True)}
-    return RecordDict({ARRAYS: ArrayRecord({FRAME: frame}), CONFIG: ConfigRecord({**told, **config})})
+def plan_config(plan: Plan, server_round: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The plan as text, and what else ``config`` says: the same in all messages of a round."""
+    return {"server-round": server_round, "plan": json.dumps(asdict(plan), sort_keys=True), **config}
+
+
+def content_of(frame: Array, told: dict[str, Any]) -> RecordDict:
+    """A message's content: a frame and what `plan_config` made, in records of its own."""
+    return RecordDict({ARRAYS: ArrayRecord({FRAME: frame}), CONFIG: ConfigRecord(told)})
 
 
 def read_plan(content: RecordDict) -> tuple[Plan, int]:
