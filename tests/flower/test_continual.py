@@ -1,88 +1,31 @@
-"""Whole continual runs: tasks told and found, kills, hostile replies, and what devices report of their tasks."""
+"""Whole continual runs: tasks told and found, and what devices report of them."""
 
 from __future__ import annotations
 
 import math
-import struct
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from flwr.app import ConfigRecord, MetricRecord, RecordDict
+from continual_runs import FILES, go, heard, meta, number, told
+from flwr.app import MetricRecord, RecordDict
 from loopback import LoopbackGrid
-from rounds import Killed, frame_of, run, without_clock
+from rounds import frame_of
 from safetensors.numpy import load_file
 
-from fedmask_flwr.checkpoint import CheckpointError, load_state
+from fedmask_flwr.checkpoint import load_state
 from fedmask_flwr.config import ConfigError
 from fedmask_flwr.export import ExportError, read_run
 from fedmask_flwr.flower.continual import met
-from fedmask_flwr.flower.device import Device
-from fedmask_flwr.flower.records import frame_record
 from fedmask_flwr.flower.replies import MOST, finite
 from fedmask_flwr.flower.strategy import MaskStrategy
-from fedmask_flwr.made import made
 from fedmask_flwr.methods.weit_state import WeitState
 from fedmask_flwr.train import STEPS
 from fedmask_flwr.wire import Frame
 
 pytestmark = pytest.mark.flower
-ROWS = ("0 1", "1 2", "2 3")
-MADE = {"model": "made(hidden=16)", "weights": "glorot", "learning_rate": 0.03, "num_server_rounds": 6}
-FILES = ("mask.fedmask", "checkpoint.safetensors")
-
-
-def go(out, rows=ROWS, tamper=None, table=None, data="tiny:sources", **changes):
-    """A run of a scenario with ``rows``; its lines and grid."""
-    out.mkdir(exist_ok=True)
-    keys = {"binary": data == "tiny:sources", **(table or {})}
-    scenario = tiny.table(out.parent / "scenario.toml", *rows, data=data, **keys)
-    kw = {**MADE, "local_epochs": 1, "method": "confedmade", "scenario": scenario, **changes}
-    return run(out, len(rows), tamper, **kw)
-
-
-def number(message):
-    return message.content["config"]["server-round"]
-
-
-def heard(kind, story):
-    """A tamper that writes (round, client) -> reply into ``story`` and changes nothing."""
-
-    def tamper(reply, message, context):
-        if message.metadata.message_type == kind:
-            story[number(message), context.node_config["partition-id"]] = reply
-        return reply
-
-    return tamper
-
-
-def told(reply):
-    """Metrics of a reply."""
-    return dict(reply.content.metric_records["metrics"])
-
-
-def meta(reply):
-    return Frame.parse(frame_of(reply)).meta
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """An undisturbed run that retrieves: lines, folder and replies of training and evaluation."""
-    folder, trained, judged = tmp_path_factory.mktemp("whole") / "run", {}, {}
-
-    def tamper(reply, message, context):
-        for kind, story in (("train", trained), ("evaluate", judged)):
-            heard(kind, story)(reply, message, context)
-        return reply
-
-    lines, _ = go(folder, tamper=tamper, retrieve=1)
-    return lines, folder, trained, judged
-
-
-# What is reported
 
 
 def test_every_task_is_evaluated_and_the_figures_agree(whole):
@@ -183,206 +126,6 @@ def test_a_cumulative_stream_keeps_earlier_examples(tmp_path):
     assert rows["cumulative"][0] == rows["sequential"][0]
     first, second = map(np.array, rows["sequential"])
     assert rows["cumulative"][1] == (first + second).tolist()
-
-
-# Kills
-
-
-def same(a, b):
-    assert [without_clock(line) for line in a[0]] == [without_clock(line) for line in b[0]]
-    for name in FILES:
-        assert (a[1] / name).read_bytes() == (b[1] / name).read_bytes()
-
-
-@pytest.mark.parametrize(("rounds", "deaf"), [(2, True), (4, False), (4, True)])
-def test_a_server_killed_within_a_task_resumes_bit_for_bit(rounds, deaf, whole, tmp_path):
-    go(tmp_path / "cut", retrieve=1, stop_after=rounds, deaf=deaf)
-    assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == rounds
-    lines, _ = go(tmp_path / "cut", retrieve=1, first_node=5000)
-    same((lines, tmp_path / "cut"), whole)
-
-
-def test_clients_that_restart_go_on_from_their_disks(whole, tmp_path):
-    """In every round every device is a new process: nothing but its memory's file is left of it."""
-
-    def tamper(reply, message, context):
-        context.state = RecordDict()
-        return reply
-
-    lines, _ = go(tmp_path / "run", tamper=tamper, retrieve=1)
-    same((lines, tmp_path / "run"), whole)
-
-
-def test_all_killed_while_a_client_trains(whole, tmp_path, monkeypatch):
-    """Client 1 dies within its loop, client 0 has trained the round, and the server goes down with them."""
-    train, round_ = Device.train, 5
-
-    def dying(self, optimizer, turn, epochs, *purpose):
-        loss = train(self, optimizer, turn, epochs, *purpose)
-        if (turn.round, turn.client) == (round_, 1):
-            raise Killed
-        return loss
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Device, "train", dying)
-        go(tmp_path / "cut", retrieve=1)
-    assert len((tmp_path / "cut/metrics.jsonl").read_text().splitlines()) == round_ - 1
-    lines, _ = go(tmp_path / "cut", retrieve=1, first_node=7000)
-    same((lines, tmp_path / "cut"), whole)
-
-
-def test_a_checkpoint_cut_in_half_is_named_and_nothing_deleted(tmp_path):
-    out = tmp_path / "run"
-    go(out, stop_after=2)
-    path = out / "checkpoint.safetensors"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-    def files():
-        return {
-            file: file.read_bytes()
-            for file in out.rglob("*")
-            if file.is_file() and file.name not in (".lock", "failed.txt")
-        }
-
-    before = files()
-    with pytest.raises(
-        CheckpointError, match=r"checkpoint\.safetensors is not a checkpoint of WeitState.*restore it"
-    ):
-        go(out)
-    assert files() == before
-
-
-# Replies that must not count
-
-
-def rewritten(reply, change):
-    """The reply with its frame edited: ``change(frame)`` returns another."""
-    frame = frame_of(reply)
-    edited = change(Frame.parse(frame)).to_bytes()
-    reply.content["arrays"] = frame_record(edited, reply.content["arrays"]["frame"].shape[0])
-    return reply
-
-
-def as_task(task):
-    return lambda frame: replace(frame, meta={**frame.meta, "task": task})
-
-
-def with_body(name, body, numel):
-    def change(frame):
-        fields = [
-            replace(f, body=body(bytes(f.body)), numel=numel(f.numel)) if f.name == name else f
-            for f in frame.fields
-        ]
-        return replace(frame, fields=tuple(fields))
-
-    return change
-
-
-LIES = [
-    as_task(1),
-    as_task("0"),
-    as_task(2**62),
-    lambda frame: replace(frame, meta={**frame.meta, "finished": 2**62}),
-    with_body("base", lambda body: body[:-4], lambda n: n - 1),
-    with_body("alpha", lambda body: struct.pack("<fff", 1.0, math.nan, 1.0), lambda n: 3),
-    with_body("sketch", lambda body: bytes(4 * 100), lambda n: 100),
-    lambda frame: replace(frame, fields=tuple(f for f in frame.fields if f.name != "holds")),
-]
-
-
-def test_a_lie_is_counted_and_has_no_effect(tmp_path, caplog):
-    """Every round client 1 lies in another way; the run is that of a client that does not answer."""
-
-    def lying(reply, message, context):
-        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 1:
-            return rewritten(reply, LIES[number(message) - 1])
-        return reply
-
-    def silent(reply, message, context):
-        mine = message.metadata.message_type == "train" and context.node_config["partition-id"] == 1
-        return None if mine else reply
-
-    for name, tamper in {"a": lying, "b": silent}.items():
-        lines, _ = go(tmp_path / name, ROWS, tamper, {"limit": 40}, num_server_rounds=len(LIES))
-        assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(2, 1)] * len(LIES)
-    mask, checkpoint = FILES
-    assert (tmp_path / "a" / mask).read_bytes() == (tmp_path / "b" / mask).read_bytes()
-    ours, theirs = (
-        load_file(tmp_path / run / checkpoint) for run in "ab"
-    )  # bytes of dropped replies are told apart
-    assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-    said = [r.getMessage() for r in caplog.records if "reply of client 1 dropped" in r.getMessage()]
-    assert len(said) == len(LIES)
-    why = (
-        "this round is of task 0",
-        "task is '0'",
-        "task is 4",
-        "finished is 4",
-        "146 values for columns of 147",
-        "NaN",
-        "'sketch'",
-        "holds",
-    )
-    assert all(text in line for text, line in zip(why, said, strict=True)), said
-
-
-# Structural masks
-
-
-class OtherMasks(LoopbackGrid):
-    """The second device builds its network with another seed of masks."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        list(self.contexts.values())[1].run_config["model"] = "made(hidden=16 seed=5)"
-
-
-def masks_of(reply):
-    record = reply.content.config_records.get("config")
-    return None if record is None else record.get("masks")
-
-
-def test_every_reply_says_which_masks(whole):
-    name = made((8,), 1, hidden=16).mask_id
-    assert {masks_of(reply) for story in whole[2:] for reply in story.values()} == {name}
-
-
-@pytest.mark.parametrize("method", ["confedmade", "fedavg"])
-def test_a_device_with_other_masks_refuses(method, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("rounds.LoopbackGrid", OtherMasks)
-    lines, _ = go(tmp_path / "run", method=method, num_server_rounds=2)
-    assert [(line["clients_failed"], line["evaluations_failed"]) for line in lines] == [(1, 1)] * 2
-    ours, its = made((8,), 1, hidden=16).mask_id, made((8,), 1, hidden=16, seed=5).mask_id
-    said = [r.getMessage() for r in caplog.records if "failed (code" in r.getMessage()]
-    assert said and all(f"structural masks {its}, the server's {ours}: build the model" in line for line in said)
-
-
-def test_the_server_refuses_a_reply_with_other_masks(tmp_path, caplog):
-    def tamper(reply, message, context):
-        client, kind = context.node_config["partition-id"], message.metadata.message_type
-        if kind != "query" and client == 1:
-            reply.content["config"] = ConfigRecord({"masks": "0" * 32})
-        if kind != "query" and client == 2 and number(message) == 2:
-            del reply.content["config"]
-        return reply
-
-    lines, _ = go(tmp_path / "run", tamper=tamper, num_server_rounds=2)
-    assert [(line["clients_failed"], line["evaluations_failed"]) for line in lines] == [(1, 1), (2, 2)]
-    assert f"trained with structural masks {'0' * 32}, the server has" in caplog.text
-    assert "trained with structural masks (none)" in caplog.text
-
-
-@pytest.mark.parametrize("method", ["fedavg", "fedweit"])
-def test_other_masks_are_welcome_where_the_run_says_so(method, tmp_path, monkeypatch):
-    """Each device then has masks of its own; values are averaged position by position, whoever uses them."""
-    replies = {}
-    lines, _ = go(
-        tmp_path / "run", tamper=heard("train", replies), method=method, same_masks=False, num_server_rounds=2
-    )
-    assert [line["clients_failed"] + line["evaluations_failed"] for line in lines] == [0, 0]
-    assert len({masks_of(reply) for reply in replies.values()}) == 3
-    assert masks_of(replies[1, 0]) == masks_of(replies[2, 0])
 
 
 # Who is there when
