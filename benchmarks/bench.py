@@ -37,6 +37,7 @@ class Part:
 
 PARTS = {
     "training": Part("training.py"),
+    "heap": Part("heap.py"),
     "votes": Part("votes.py"),
     "codecs": Part(
         "codecs.py",

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 
+from fedmask_flwr import cgroup
 from fedmask_flwr.show import human_bytes
 
-from . import cgroup
 from .base import Asked, Finding, check, fail, ok, warn
 from .trial import trial
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid
 from torch import nn
 
-from fedmask_flwr import data
+from fedmask_flwr import data, heap
 from fedmask_flwr.config import ConfigError, load_config, patterns
 from fedmask_flwr.logs import use_json
 from fedmask_flwr.metrics import Exporter
@@ -26,8 +24,6 @@ from .client import MaskTurn
 from .continual import met
 from .device import Device
 from .strategy import EvaluateFn, MaskStrategy
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def serve(grid: Grid, context: Context) -> None:
@@ -51,7 +47,7 @@ def run_folder(context: Context) -> Path:
 def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
     """Run one federation into ``folder``, as ``serve`` does; ``flat`` is its run config."""
     config, settings = load_config(flat)
-    give_back()
+    heap.give_back()
     scenario = scenario_of(config)
     device = device_of(config.device)
     model = network(config, *shape(config)).to(device)
@@ -100,13 +96,6 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
         run_dir.close()
 
 
-def give_back() -> None:
-    """Have the C library give freed arrays back to the system; glibc comes to keep those of up to 32 MB."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library has no such option, and no such habit
-        for option in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, 1 << 20)
-
-
 def measuring(
     strategy: MaskStrategy, model: nn.Module, test: data.Dataset, device: torch.device, samples: int
 ) -> EvaluateFn:
@@ -115,7 +104,8 @@ def measuring(
     losses = losses_of(model, test)
 
     def measure(server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        return MetricRecord(dict(evaluate_modes(strategy, model, arrays, x, y, samples, losses)))
+        with heap.kept():
+            return MetricRecord(dict(evaluate_modes(strategy, model, arrays, x, y, samples, losses)))
 
     return measure
 

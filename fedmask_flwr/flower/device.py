@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedmask_flwr import data
+from fedmask_flwr import data, heap
 from fedmask_flwr.config import ConfigError, kebab, load_config
 from fedmask_flwr.logs import use_json
 from fedmask_flwr.masks.lean import keep_compiler_out
@@ -40,6 +40,7 @@ class Device:
         self._node, self._number = context.node_config, client_number(context)
         self._on = device_of(config.device)
         keep_compiler_out()
+        heap.keep()
         if config.log_format == "json":
             use_json()
         torch.set_num_threads(config.threads)  # two were 5-8 times slower when both cores train

@@ -7,7 +7,8 @@ import math
 import pytest
 from findings import told
 
-from fedmask_flwr.checks import Asked, cgroup, machine
+from fedmask_flwr import cgroup
+from fedmask_flwr.checks import Asked, machine
 
 
 def files(root, **texts):

@@ -1,4 +1,4 @@
-"""What an operator sees of a run: metrics over HTTP while it lasts."""
+"""What an operator sees of a run: metrics over HTTP while it lasts, and what its processes keep of memory."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import urllib.request
 
 import pytest
 from rounds import run
+
+from fedmask_flwr import heap
 
 pytestmark = pytest.mark.flower
 
@@ -28,3 +30,18 @@ def test_metrics_are_served_while_rounds_run(tmp_path):
     assert f'fedmask_uplink_bytes_total{{method="deltamask"}} {float(two)}' in pages[-1]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_devices_keep_freed_memory_and_the_server_only_while_it_evaluates(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(heap, "AMPLE", 0)
+    monkeypatch.setattr(heap, "keep", lambda: told.append("keep") or True)
+    monkeypatch.setattr(heap, "give_back", lambda: told.append("back"))
+
+    def tamper(reply, message, context):
+        told.append("reply")
+        return reply
+
+    run(tmp_path / "run", 2, tamper, num_server_rounds=1)
+    evaluation = ["keep", "back"]
+    assert told == ["back", *evaluation, "keep", "reply", "keep", "reply", *evaluation]
