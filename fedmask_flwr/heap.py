@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 from collections.abc import Iterator
+from functools import cache
 
 from . import cgroup
 
@@ -27,9 +28,7 @@ def keep() -> bool:
 
     For the process that trains; not where less than 1 GB is free, by the machine or the control group.
     """
-    if min(cgroup.free_memory(), cgroup.limits().left) < AMPLE:
-        return False
-    return _set(_KEPT)
+    return _ample() and _set(_KEPT)
 
 
 def give_back() -> None:
@@ -40,15 +39,18 @@ def give_back() -> None:
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
     """`keep`, in a process that otherwise gives back."""
-    if not keep():
-        yield
-        return
+    changed = keep()
     try:
         yield
     finally:
-        give_back()
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        if changed:
+            give_back()
+
+
+@cache
+def _ample() -> bool:
+    """Looked at once in a process: it takes milliseconds to read."""
+    return min(cgroup.free_memory(), cgroup.limits().left) >= AMPLE
 
 
 def _set(options: dict[int, int]) -> bool:

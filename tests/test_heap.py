@@ -10,6 +10,14 @@ import pytest
 
 from fedmask_flwr import cgroup, heap
 
+
+@pytest.fixture(autouse=True)
+def _looked_at_anew():
+    heap._ample.cache_clear()
+    yield
+    heap._ample.cache_clear()
+
+
 LOOP = """
 import ctypes, resource
 from fedmask_flwr import heap
