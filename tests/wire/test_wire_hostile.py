@@ -116,7 +116,7 @@ def test_damage_takes_no_more_memory_at_a_real_size(traced):
     peak = honest_peak(d)
     rng = np.random.default_rng(0)
     frames = [frame_of(kind, name, d) for kind, name in NAMES]
-    for i in range(105):
+    for i in range(2 * len(frames)):
         data, known = frames[i % len(frames)]
         bad = mutate(rng, data, frames[rng.integers(len(frames))][0])
         tracemalloc.reset_peak()
