@@ -97,9 +97,7 @@ def main() -> None:
         save(
             args.ratios,
             [
-                Ratio(
-                    f"freed memory, {row['model']}: a step with glibc as it is / kept", row["default / kept"], 1.0
-                )
+                Ratio(f"freed memory, {row['model']}: a step with glibc as it is / kept", row["default / kept"])
                 for row in rows
             ],
         )

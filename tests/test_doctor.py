@@ -10,7 +10,19 @@ import servers
 from findings import TINY, told
 from typer.testing import CliRunner
 
-from fedmask_flwr.checks import CHECKS, Asked, content, disks, examine, machine, network, peer, software, trial
+from fedmask_flwr.checks import (
+    CHECKS,
+    Asked,
+    clock,
+    content,
+    disks,
+    examine,
+    machine,
+    network,
+    peer,
+    software,
+    trial,
+)
 from fedmask_flwr.cli import app
 from fedmask_flwr.config import load_config
 from fedmask_flwr.data.files import OFFLINE
@@ -23,7 +35,8 @@ from fedmask_flwr.setting import network as build
 def _fresh(monkeypatch):
     monkeypatch.setattr(peer, "SECONDS", 0.5)
     monkeypatch.setattr(network, "SECONDS", 0.7)
-    monkeypatch.setattr(network, "speaks", lambda: "grpc")
+    for room in (network, clock):
+        monkeypatch.setattr(room, "speaks", lambda: "grpc")
     trial.trial.cache_clear()
 
 

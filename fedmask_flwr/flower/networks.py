@@ -21,7 +21,7 @@ Heard = tuple[int, Payload]
 
 @dataclass(frozen=True)
 class Networks:
-    """What it takes to build them: the method, the plan, the model's digest and its frozen weights (d,)."""
+    """What it takes to build them: method, plan, the model's digest and its frozen weights (spec.weights,)."""
 
     method: Method[Any]
     plan: Plan

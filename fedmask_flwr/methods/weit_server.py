@@ -19,7 +19,7 @@ from .base import Fields, Known, Memory, Method, MethodConfig, Turn, Update
 from .dense import float_entries, read_tensors
 from .layers import last_layers, plain
 from .recollection import Floats, Ids
-from .weit_state import FOUND, SKETCH, WeitConfig, WeitState, counts_of, of, put, task_of
+from .weit_state import FOUND, SKETCH, WeitConfig, WeitState, counts_of, entries_of, task_of, with_rows
 
 SLOTS = 64  # entries of knowledge in one message; what is more follows in the next round
 LARGEST = 1e30  # of a weight: sums over clients and tasks must stay finite
@@ -139,7 +139,7 @@ class WeitServer(Method[WeitState], ABC):
         rows = state.contacts[state.contacts[:, 0] == np.uint64(client)]
         if state.task == FOUND and len(rows):
             meta["at"] = int(rows[0, 1])
-        new = np.setdiff1d(use, of(state.holds, client))[:SLOTS]
+        new = np.setdiff1d(use, entries_of(state.holds, client))[:SLOTS]
         for slot, i in enumerate(new):
             bits[f"where.{slot}"], dense[f"values.{slot}"] = state.knowledge.entry(int(i))
         came = np.array(state.knowledge.tasks(client), np.int64)
@@ -153,9 +153,9 @@ class WeitServer(Method[WeitState], ABC):
             return found, False
         if not self._present(state, client):
             return found[:0], k > 0
-        chosen = np.intersect1d(found, of(state.chosen, client))
+        chosen = np.intersect1d(found, entries_of(state.chosen, client))
         # Until it is chosen anew it goes on with what it holds: attention that was learned is not thrown away.
-        use = chosen if len(chosen) else np.intersect1d(found, of(state.holds, client))[:k]
+        use = chosen if len(chosen) else np.intersect1d(found, entries_of(state.holds, client))[:k]
         return use, len(chosen) < k
 
     def _present(self, state: WeitState, client: int) -> bool:
@@ -212,14 +212,14 @@ class WeitServer(Method[WeitState], ABC):
             row = contacts[contacts[:, 0] == np.uint64(client)]
             task, same = int(p.meta["task"]), len(row) and int(row[0, 1]) == int(p.meta["task"])
             probes = (int(row[0, 2]) if same else 0) + bool(p.dense["sketch"].size)
-            contacts = put(contacts, client, [[task, probes]])
+            contacts = with_rows(contacts, client, [[task, probes]])
             held = np.intersect1d(p.counts["holds"].values.astype(np.int64), knowledge.ids)
-            holds = put(holds, client, held[:, None])
+            holds = with_rows(holds, client, held[:, None])
             if not same:
-                chosen = put(chosen, client, [])
+                chosen = with_rows(chosen, client, [])
             if p.dense["sketch"].size and probes >= self.config.probe_rounds:
                 near = state.knowledge.nearest(client, p.dense["sketch"], self.config.retrieve)
-                chosen = put(chosen, client, near[:, None])
+                chosen = with_rows(chosen, client, near[:, None])
         if not heard:
             return state
         came = weights > 0

@@ -77,13 +77,13 @@ def counts_of(ids: Ids) -> Counts:
     return Counts(ids.astype(np.uint32), int(ids.max(initial=0)))
 
 
-def of(rows: npt.NDArray[np.uint64], client: int) -> Ids:
+def entries_of(rows: npt.NDArray[np.uint64], client: int) -> Ids:
     """Second column of a client's rows."""
     mine: Ids = rows[rows[:, 0] == np.uint64(client), 1].astype(np.int64)
     return mine
 
 
-def put(rows: npt.NDArray[np.uint64], client: int, values: Any) -> npt.NDArray[np.uint64]:
+def with_rows(rows: npt.NDArray[np.uint64], client: int, values: Any) -> npt.NDArray[np.uint64]:
     """Rows with those of a client replaced by ``values``, (k, width - 1)."""
     new = np.asarray(values, np.uint64).reshape(-1, rows.shape[1] - 1)
     mine = np.concatenate([np.full((len(new), 1), client, np.uint64), new], axis=1)
