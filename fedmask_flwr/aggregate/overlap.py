@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .votes import VoteCounter
-
-Packed = NDArray[np.uint8]
+from .votes import Packed, VoteCounter
 
 
 class OverlapMean:

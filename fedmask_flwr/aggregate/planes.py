@@ -6,6 +6,8 @@ Words are uint64 made of the bytes of packed masks: their order does not matter 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,7 +15,7 @@ from fedmask_flwr.jit import compiled
 
 BATCH = 16
 """Rows that `add_batch` takes at a time."""
-_BLOCK = 8192  # words at a time in numpy: the batch's part stays in L2
+_BLOCK = 8192  # words at a time in numpy: a copy of the batch's part, which the adders use up, stays in L2
 _STEP = 1 << 16  # positions of votes at a time in numpy
 _EACH = 512  # words at a time in machine code, between the adders and the ripple
 LANES = np.unpackbits(np.arange(256, dtype=np.uint8), bitorder="little").view(np.uint64)  # a bit a byte
@@ -44,12 +46,15 @@ def _add(one: Words, a: Words, b: Words, odd: Words, both: Words) -> None:
     np.bitwise_xor(one, odd, out=one)
 
 
-def add_batch(planes: Words, rows: Words) -> None:
-    """Add the 16 rows (16, W) to the counts in planes (P, W), P >= 4; no count may pass 2^P - 1. Rows are lost."""
-    scratch = np.empty((2, min(_BLOCK, rows.shape[1])), np.uint64)
-    for start in range(0, rows.shape[1], _BLOCK):
-        live, plane = rows[:, start : start + _BLOCK], planes[:, start : start + _BLOCK]
-        odd, both = scratch[:, : live.shape[1]]
+def add_batch(planes: Words, rows: Sequence[Words]) -> None:
+    """Add 16 rows (W,) to the counts in planes (P, W), P >= 4; no count may pass 2^P - 1."""
+    scratch = np.empty((BATCH + 2, min(_BLOCK, planes.shape[1])), np.uint64)
+    for start in range(0, planes.shape[1], _BLOCK):
+        plane = planes[:, start : start + _BLOCK]
+        room = scratch[:, : plane.shape[1]]
+        live, odd, both = room[:BATCH], room[BATCH], room[BATCH + 1]
+        for own, row in zip(live, rows, strict=True):
+            own[:] = row[start : start + _BLOCK]
         for one in plane[:4]:
             for i in range(0, len(live), 2):
                 _add(one, live[i], live[i + 1], odd, both)
@@ -83,26 +88,27 @@ def _full(a: np.uint64, b: np.uint64, c: np.uint64) -> tuple[np.uint64, np.uint6
 
 
 @compiled()
-def add_batch_compiled(planes: Words, rows: Words) -> None:
-    """`add_batch` as machine code; rows stay."""
+def add_batch_compiled(planes: Words, rows: tuple[Words, ...]) -> None:
+    """`add_batch` as machine code."""
     carry = np.empty(_EACH, np.uint64)
     p0, p1, p2, p3 = planes[0], planes[1], planes[2], planes[3]
+    r0, r1, r2, r3, r4, r5, r6, r7, r8, r9, r10, r11, r12, r13, r14, r15 = rows
     for start in range(0, planes.shape[1], _EACH):
         n = min(_EACH, planes.shape[1] - start)
         for j in range(n):
             i = start + j
-            x, a = _full(p0[i], rows[0, i], rows[1, i])
-            x, b = _full(x, rows[2, i], rows[3, i])
+            x, a = _full(p0[i], r0[i], r1[i])
+            x, b = _full(x, r2[i], r3[i])
             y, c = _full(p1[i], a, b)
-            x, a = _full(x, rows[4, i], rows[5, i])
-            x, b = _full(x, rows[6, i], rows[7, i])
+            x, a = _full(x, r4[i], r5[i])
+            x, b = _full(x, r6[i], r7[i])
             y, d = _full(y, a, b)
             z, e = _full(p2[i], c, d)
-            x, a = _full(x, rows[8, i], rows[9, i])
-            x, b = _full(x, rows[10, i], rows[11, i])
+            x, a = _full(x, r8[i], r9[i])
+            x, b = _full(x, r10[i], r11[i])
             y, c = _full(y, a, b)
-            x, a = _full(x, rows[12, i], rows[13, i])
-            p0[i], b = _full(x, rows[14, i], rows[15, i])
+            x, a = _full(x, r12[i], r13[i])
+            p0[i], b = _full(x, r14[i], r15[i])
             p1[i], d = _full(y, a, b)
             p2[i], f = _full(z, c, d)
             p3[i], carry[j] = _full(p3[i], e, f)

@@ -42,17 +42,17 @@ def test_a_mask_of_another_length_is_refused():
 
 
 def test_memory_does_not_grow_with_clients():
-    numel = 400_000
+    numel = 4_000_000
     row = np.zeros(numel // 8, np.uint8)
     counter = VoteCounter(numel)
-    for _ in range(BATCH):  # the batch is there, and machine code loaded
+    for _ in range(BATCH):  # machine code is loaded
         counter.add(row)
     tracemalloc.start()
     for _ in range(50):
-        counter.add(row)
+        counter.add(row.copy())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 2 * numel  # never N x d
+    assert peak < 2.5 * numel  # never N x d
 
 
 @given(st.integers(1, 1000), st.floats(1.0, 5.0), st.integers(0, 2**32 - 1))
