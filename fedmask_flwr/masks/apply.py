@@ -52,9 +52,9 @@ def write_mask(model: nn.Module, spec: MaskSpec, frozen: Tensor, values: Tensor)
     params = spec.params(model)
     device = params[0].device
     weights = spec.split_weights(frozen.to(device)).values()
-    masks = spec.split(values.to(device=device, dtype=torch.float32)).values()
+    masks = spec.split(values.to(device)).values()
     for p, w, m in zip(params, weights, masks, strict=True):
-        torch.mul(w, m, out=p)
+        torch.mul(w, m if m.dtype == torch.bool else m.to(torch.float32), out=p)
 
 
 def mask_values(theta: NDArray[np.float64], mode: Mode, key: Key | None = None) -> NDArray[Any]:

@@ -22,6 +22,7 @@ from .varint import get_varint, put_varint
 
 CONSTANT, UNIFORM, HISTOGRAM, LAYERS = range(4)
 _MAX_ALPHABET = 4096
+_BLOCK = 1 << 20  # values that are there as 64-bit numbers at a time
 LAYER_VALUES = 8192  # a table a layer only from this mean layer size on: bounds table memory by the values'
 
 
@@ -89,6 +90,20 @@ def _bits(histogram: NDArray[np.int64], tables: Tables) -> float:
     return float((histogram[live] * (16 - np.log2(tables.reshape(histogram.shape)[live]))).sum())
 
 
+def _histogram(values: NDArray[np.uint32], shift: int, size: int) -> NDArray[np.int64]:
+    """How often each of 0..size-1 is a value, less its lowest ``shift`` bits."""
+    found = np.zeros(size, np.int64)
+    for start in range(0, values.size, _BLOCK):
+        found += np.bincount(values[start : start + _BLOCK] >> shift, minlength=size)
+    return found
+
+
+def _plane(values: NDArray[np.uint32], b: int) -> bytes:
+    """Bit b of each value, packed."""
+    blocks = (values[start : start + _BLOCK] for start in range(0, values.size, _BLOCK))
+    return b"".join(np.packbits(block >> b & 1 != 0, bitorder="little").tobytes() for block in blocks)
+
+
 def _fold(histogram: NDArray[np.int64], shift: int) -> NDArray[np.int64]:
     padded = np.pad(histogram, (0, -histogram.size % (1 << shift)))
     folded: NDArray[np.int64] = padded.reshape(-1, 1 << shift).sum(axis=1)
@@ -102,7 +117,7 @@ def _per_layer(sizes: tuple[int, ...], numel: int) -> bool:
 def _plan(values: NDArray[np.uint32], top: int, sizes: tuple[int, ...]) -> tuple[int, int, Tables]:
     """Mode, number of low planes and tables with the fewest bits, from histograms alone."""
     least = max(0, top.bit_length() - _MAX_ALPHABET.bit_length() + 1)
-    histogram = np.bincount(values >> least, minlength=(top >> least) + 1).astype(np.int64)
+    histogram = _histogram(values, least, (top >> least) + 1)
     best, bits = (UNIFORM, top.bit_length(), _uniform(1)), float(values.size * top.bit_length())
     for s in range(least, top.bit_length()):
         folded = _fold(histogram, s - least)
@@ -113,9 +128,8 @@ def _plan(values: NDArray[np.uint32], top: int, sizes: tuple[int, ...]) -> tuple
             best, bits = (HISTOGRAM, s, fitted.reshape(1, -1)), cost
     s = best[1]
     if _per_layer(sizes, values.size) and best[0] == HISTOGRAM:
-        stops = np.cumsum(sizes)
-        layers = [values[stop - size : stop] >> s for stop, size in zip(stops, sizes, strict=True)]
-        counted = np.stack([np.bincount(v, minlength=(top >> s) + 1) for v in layers]).astype(np.int64)
+        layers = np.split(values, np.cumsum(sizes)[:-1])
+        counted = np.stack([_histogram(v, s, (top >> s) + 1) for v in layers])
         tables = np.stack([_quantise(row) for row in counted])
         if values.size * s + _bits(counted, tables) + 8 * len(_write_table(tables.reshape(-1))) + 40 < bits:
             best = (LAYERS, s, tables)
@@ -145,9 +159,11 @@ class CountsCodec(CountCodec):
         parts = [head, bytes([mode, s])]
         if mode != UNIFORM:
             parts.append(_write_table(tables.reshape(-1)))
-        parts += [np.packbits(values >> b & 1 != 0, bitorder="little").tobytes() for b in range(s)]
+        parts += [_plane(values, b) for b in range(s)]
         if top >> s:
-            parts.append(encode((values >> s).astype(np.uint16), _contexts(mode, known.sizes), tables))
+            symbols = np.empty(n, np.uint16)
+            np.right_shift(values, s, out=symbols, casting="unsafe")
+            parts.append(encode(symbols, _contexts(mode, known.sizes), tables))
         return b"".join(parts)
 
     def decode(self, body: Body, known: SideInfo) -> Counts:

@@ -56,8 +56,8 @@ def encode(
     """
     _check_tables(tables)
     n, index = symbols.size, symbols.astype(np.uint32)
-    if contexts is not None:
-        index += contexts * np.uint32(tables.shape[1])
+    for start in range(0, 0 if contexts is None else n, _BLOCK):
+        index[start : start + _BLOCK] += contexts[start : start + _BLOCK] * np.uint32(tables.shape[1])
     freqs = tables.reshape(-1)
     used = np.zeros(freqs.size, np.int64)
     for start in range(0, n, _BLOCK):
@@ -135,8 +135,11 @@ def decode(
                 raise WireError("rANS body is truncated")
             x[low] = (x[low] << 16) | more
             read += low.size
-    symbols = symbol_of[slots] if contexts is None else symbol_of[slots + (contexts.astype(np.intp) << 16)]
-    return _ended(symbols, state, words.size - read)
+    for start in range(0, n, _BLOCK):
+        slot = slots[start : start + _BLOCK]
+        of = 0 if contexts is None else contexts[start : start + _BLOCK].astype(np.intp) << 16
+        slot[:] = symbol_of[slot + of]
+    return _ended(slots, state, words.size - read)
 
 
 def _ended(symbols: NDArray[np.uint16], state: NDArray[np.uint32], left: int) -> NDArray[np.uint16]:

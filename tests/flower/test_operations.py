@@ -33,15 +33,14 @@ def test_metrics_are_served_while_rounds_run(tmp_path):
 
 
 def test_devices_keep_freed_memory_and_the_server_only_while_it_evaluates(tmp_path, monkeypatch):
-    told = []
-    monkeypatch.setattr(heap, "AMPLE", 0)
-    monkeypatch.setattr(heap, "keep", lambda: told.append("keep") or True)
-    monkeypatch.setattr(heap, "give_back", lambda: told.append("back"))
+    told, names = [], {id(heap._KEPT): "keep", id(heap._BATCHES): "batches", id(heap._GIVEN): "back"}
+    monkeypatch.setattr(heap, "_ample", lambda: True)
+    monkeypatch.setattr(heap, "_set", lambda options: told.append(names[id(options)]) or True)
 
     def tamper(reply, message, context):
         told.append("reply")
         return reply
 
     run(tmp_path / "run", 2, tamper, num_server_rounds=1)
-    evaluation = ["keep", "back"]
+    evaluation = ["batches", "back"]
     assert told == ["back", *evaluation, "keep", "reply", "keep", "reply", *evaluation]
