@@ -56,8 +56,9 @@ def encode(
     """
     _check_tables(tables)
     n, index = symbols.size, symbols.astype(np.uint32)
-    for start in range(0, 0 if contexts is None else n, _BLOCK):
-        index[start : start + _BLOCK] += contexts[start : start + _BLOCK] * np.uint32(tables.shape[1])
+    if contexts is not None:
+        for start in range(0, n, _BLOCK):
+            index[start : start + _BLOCK] += contexts[start : start + _BLOCK] * np.uint32(tables.shape[1])
     freqs = tables.reshape(-1)
     used = np.zeros(freqs.size, np.int64)
     for start in range(0, n, _BLOCK):
