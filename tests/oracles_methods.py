@@ -85,5 +85,5 @@ def standalone(method, rounds):
 
 def klms_reply(method, state, client, rng):
     """Any candidate of each of a few blocks."""
-    top = (1 << method.config.index_bits) - 1
+    top = (1 << method.each) - 1
     return Payload(counts={"index": Counts(rng.integers(0, top + 1, 3 + client).astype(np.uint32), top)})

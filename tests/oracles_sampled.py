@@ -60,3 +60,13 @@ def log_weight(mask: Sequence[bool], theta_g: Sequence[float], theta_k: Sequence
 def gumbel(chance: Key, draws: Draws, candidate: int, of: int) -> float:
     u = float(uniform(chance, candidate * draws.blocks + of))
     return -math.log(-math.log(u))
+
+
+def path_candidates(bits: Sequence[int], b: int) -> list[int]:
+    """The register after each bit: its last b bits, the newest one lowest."""
+    return [sum(bits[t - age] << age for age in range(min(b, t + 1))) for t in range(len(bits))]
+
+
+def path_mask(draws: Draws, theta_g: Sequence[float], bits: Sequence[int]) -> list[bool]:
+    """The mask that a path of bits stands for."""
+    return replay(draws, theta_g, path_candidates(bits, draws.size.bit_length() - 1))

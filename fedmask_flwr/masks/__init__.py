@@ -46,6 +46,8 @@ from .spec import MaskSpec as MaskSpec
 from .structure import Parts as Parts
 from .structure import Structure as Structure
 from .structure import compose as compose
+from .trellis import path_candidates as path_candidates
+from .trellis import trace_path as trace_path
 from .weit import Retroactive as Retroactive
 from .weit import WeitOptimizer as WeitOptimizer
 from .weit import settle as settle
@@ -85,6 +87,7 @@ __all__ = [
     "mask_filters",
     "mask_values",
     "model_digest",
+    "path_candidates",
     "permutation",
     "pick",
     "replay",
@@ -94,6 +97,7 @@ __all__ = [
     "slim_numel",
     "taken",
     "thresholds",
+    "trace_path",
     "weights_digest",
     "words",
     "words_torch",

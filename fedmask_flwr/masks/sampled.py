@@ -94,10 +94,26 @@ def pick(
     return chosen
 
 
-def _scores(
-    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
+@dataclass(frozen=True, slots=True)
+class Weighed:
+    """What changed: places (n,) sorted by block, the cut of theta_g there, and the log weight of a one over a zero.
+
+    Log weights are whole numbers of ``unit`` nats: their sums are the same in any order, so a kernel may choose its
+    own. ``present`` are the blocks that anything changed in, which begin at ``starts``; ``wanted`` (blocks,) is the
+    mean under theta_k of a block's log weight, but for a constant.
+    """
+
+    places: NDArray[np.int32]
+    cuts: NDArray[np.int32]
+    weights: NDArray[np.int32]
+    unit: float
+    present: NDArray[np.intp]
+    starts: NDArray[np.intp]
+    wanted: NDArray[np.float32]
+
+
+def weigh(draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float) -> Weighed:
+    """Find what changed, but for what changed least and has a share ``rest`` of the divergence (see `pick`)."""
     k, g = _inner(theta_k), _inner(theta_g)
     gain = np.log(k / g) - np.log((1.0 - k) / (1.0 - g))  # of a one over a zero
     block = draws.block_of(theta_g.size)
@@ -107,18 +123,36 @@ def _scores(
     wanted = np.bincount(block[moved], (gain * k)[moved], minlength=draws.blocks).astype(np.float32)
     moved = moved[np.argsort(block[moved], kind="stable")]
     present, starts = np.unique(block[moved], return_index=True)
-    scores = np.zeros((draws.size, draws.blocks), np.float32)
-    if moved.size:
-        # Whole numbers add up to the same in any order, so a kernel may choose its own.
-        most = float(np.add.reduceat(np.abs(gain[moved]), starts).max())
-        unit = 2.0 ** (29 - math.frexp(most)[1])
-        weights = np.rint(gain[moved] * unit).astype(np.int32)
+    most = float(np.add.reduceat(np.abs(gain[moved]), starts).max()) if moved.size else 1.0
+    unit = 2.0 ** (math.frexp(most)[1] - 29)
+    return Weighed(
+        moved.astype(np.uint32).view(np.int32), thresholds(theta_g[moved]),
+        np.rint(gain[moved] / unit).astype(np.int32), unit, present.astype(np.intp), starts, wanted,
+    )  # fmt: skip
+
+
+def tallies(draws: Draws, weighed: Weighed, first: int, stop: int) -> NDArray[np.int32]:
+    """Log weight of each candidate in each of the blocks ``first .. stop-1``: (stop - first, size), in units."""
+    found = np.zeros((stop - first, draws.size), np.int32)
+    low, high = np.searchsorted(weighed.present, (first, stop))
+    if low < high:
+        a = weighed.starts[low]
+        b = weighed.starts[high] if high < weighed.starts.size else weighed.places.size
         count = _compiled() or _count
-        tally = count(
-            moved.astype(np.uint32).view(np.int32), thresholds(theta_g[moved]), weights, starts, *draws.candidates()
-        )
-        scores[:, present] = tally * np.float32(1.0 / unit)
-    return scores, wanted
+        found[weighed.present[low:high] - first] = count(
+            weighed.places[a:b], weighed.cuts[a:b], weighed.weights[a:b], weighed.starts[low:high] - a,
+            *draws.candidates(),
+        ).T  # fmt: skip
+    return found
+
+
+def _scores(
+    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
+    weighed = weigh(draws, theta_g, theta_k, rest)
+    nats = tallies(draws, weighed, 0, draws.blocks).T * np.float64(weighed.unit)
+    return nats.astype(np.float32), weighed.wanted
 
 
 def _compiled() -> Callable[..., NDArray[np.int32]] | None:

@@ -25,10 +25,11 @@ Limits: those of KLMS.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, final
+from typing import ClassVar, Literal, final
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from fedmask_flwr.wire import Payload
 
@@ -40,6 +41,10 @@ from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
 
 class DrawStepConfig(SteppingConfig, KlmsConfig):
     """The step's settings, and those of the code."""
+
+    index_bits: int = Field(10, ge=1, le=16, description="b, log2 of the number of candidates of a block")
+    margin: float = Field(1.0, ge=0.0, description="b/(b - margin) bits are sent for a bit of divergence")
+    code: Literal["blocks", "trellis"] = Field("trellis", description="blocks with numbers of their own, or a path")
 
 
 @final

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +31,17 @@ from pydantic import Field
 from torch import nn
 from torch.optim import Optimizer
 
-from fedmask_flwr.masks import Draws, MaskSpec, derive, divergence, pick, replay, thresholds
+from fedmask_flwr.masks import (
+    Draws,
+    MaskSpec,
+    derive,
+    divergence,
+    path_candidates,
+    pick,
+    replay,
+    thresholds,
+    trace_path,
+)
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
 from .base import Fields, Memory, Turn
@@ -39,6 +49,7 @@ from .beta import trained_theta
 from .following import FollowedConfig, FollowedMethod
 from .rates import FRAME
 
+START = 3.0  # bits that a path pays for its start, whose register holds zeros
 REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
 
 
@@ -47,6 +58,7 @@ class KlmsConfig(FollowedConfig):
 
     index_bits: int = Field(8, ge=1, le=16, description="b, log2 of the number of candidates of a block")
     margin: float = Field(2.0, ge=0.0, description="bits of an index above its block's divergence")
+    code: Literal["blocks", "trellis"] = Field("blocks", description="blocks with numbers of their own, or a path")
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter; 0: as many as needed")
 
 
@@ -72,6 +84,8 @@ class Sampling(FollowedMethod, ABC):
         theta_g = self.theta(got)
         theta_k = self.sampled(theta_g, trained_theta(optimizer), turn)
         draws = self._draws(turn, self.blocks(float(divergence(theta_k, theta_g).sum())))
+        if self.config.code == "trellis":
+            return Payload(counts={"index": Counts(trace_path(draws, theta_g, theta_k, REST), 1)})
         chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client), REST)
         return Payload(counts={"index": Counts(chosen, draws.size - 1)})
 
@@ -83,22 +97,29 @@ class Sampling(FollowedMethod, ABC):
 
     def blocks(self, bits: float) -> int:
         """Number of blocks for a divergence of so many bits."""
-        each, margin = int(self.config.index_bits), float(self.config.margin)
+        size, margin, each = int(self.config.index_bits), float(self.config.margin), self.each
         most = self.numel / each
         if self.config.target_bpp > 0.0:
             most = min(most, (self.config.target_bpp * self.numel - 8 * FRAME) / each)
-        return max(1, math.floor(min(math.ceil(bits / max(each - margin, 0.5)), most)))
+        start = min(START, bits) if self.config.code == "trellis" else 0.0
+        return max(1, math.floor(min(math.ceil((bits * size / max(size - margin, 0.5) + start) / each), most)))
+
+    @property
+    def each(self) -> int:
+        """Bits that a block takes in a reply."""
+        return 1 if self.config.code == "trellis" else int(self.config.index_bits)
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
         """The mask that the indices stand for."""
         index = reply.counts["index"]
-        if index.top != (1 << self.config.index_bits) - 1:
-            raise WireError(f"indices up to {index.top}, expected {self.config.index_bits} bits each")
+        if index.top != (1 << self.each) - 1:
+            raise WireError(f"indices up to {index.top}, expected {self.each} bits each")
         draws = self._draws(turn, index.values.size)
         kept = self._cuts
         if kept[0] is not got:  # all replies of a round are to the same broadcast
             kept = self._cuts = got, self.of_theta(got, thresholds)
-        return Payload(bits={"mask": pack_bits(replay(draws, kept[1], index.values))})
+        chosen = path_candidates(index.values, draws.size) if self.config.code == "trellis" else index.values
+        return Payload(bits={"mask": pack_bits(replay(draws, kept[1], chosen))})
 
     def _draws(self, turn: Turn, blocks: int) -> Draws:
         return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)

@@ -10,6 +10,7 @@ import tiny
 import torch
 from cases import CASES
 
+from fedmask_flwr.aggregate.planes import BATCH
 from fedmask_flwr.checkpoint import load_state, save_state
 from fedmask_flwr.masks import derive, frozen_weights, initialise
 from fedmask_flwr.methods import BUILTIN, Training, Turn, Update, View, resolve
@@ -104,22 +105,26 @@ def test_aggregation_does_not_depend_on_order(case):
 
 @every_case
 def test_aggregation_streams(case):
-    """One update is decoded and dropped before the next is asked for."""
+    """An update is decoded and dropped before the next is asked for; of masks, a vote's batch is held."""
     method, _ = build(case)
-    seen, taken = [], []
+    seen, taken = {"bits": [], "dense": []}, []
+
+    def alive(kind):
+        return len({k for k, ref in seen[kind] if ref() is not None})
 
     def stream():
-        for k in range(6):
-            assert len({k for k, ref in seen if ref() is not None}) <= 1  # the loop variable may hold the last one
+        for k in range(2 * BATCH + 4):
+            assert alive("dense") <= 1  # the loop variable may hold the last one
+            assert alive("bits") <= BATCH
             update = random_update(case, method, k, 1)
-            fields = update.payload
-            seen.extend((k, weakref.ref(a)) for a in [*fields.bits.values(), *fields.dense.values()])
+            for kind, found in seen.items():
+                found.extend((k, weakref.ref(a)) for a in getattr(update.payload, kind).values())
             yield update
             taken.append(k)
-            del update, fields
+            del update
 
     state = method.aggregate(method.init(), stream())
-    assert taken == [0, 1, 2, 3, 4, 5]
+    assert taken == list(range(2 * BATCH + 4))
     assert np.isfinite(visible(case, method, state)).all()
 
 

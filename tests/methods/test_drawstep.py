@@ -13,7 +13,7 @@ from fedmask_flwr.methods.beta import BetaState, trained_theta
 from fedmask_flwr.methods.drawstep import DrawStep
 from fedmask_flwr.methods.klms import Klms
 from fedmask_flwr.methods.stepping import LEVELS
-from fedmask_flwr.wire import unpack_bits
+from fedmask_flwr.wire import WireError, unpack_bits
 
 
 @pytest.mark.parametrize("step", [1.0, 2.0, 3.0])
@@ -21,16 +21,17 @@ def test_it_costs_the_divergence_of_a_share_of_the_change(step):
     found, turn, got = built(DrawStep, step=step), Turn(1, 1, 5, 3), somewhere()
     model, optimizer = trained(found, turn, got)
     theta_g, theta_k = found.theta(got), trained_theta(optimizer).astype(np.float64)
-    sent = found.finish(got, model, optimizer, turn, {}).counts["index"].values.size * 8
+    index = found.finish(got, model, optimizer, turn, {}).counts["index"]
     bits = divergence(theta_g + (theta_k - theta_g) / step, theta_g).sum()
-    assert abs(sent - bits * 8 / 6) <= 8
-    assert sent > 16
+    assert index.top == 1
+    assert abs(index.values.size - bits * 10 / 9 - 3) <= 1
+    assert index.values.size > 16
 
 
 def test_at_step_one_it_sends_and_does_what_klms_does():
     """With KLMS's counts on the grid of theta, and one round as its window."""
     ours = built(DrawStep, step=1.0)
-    theirs = built(Klms)
+    theirs = built(Klms, code="trellis", index_bits=10, margin=1.0)
     turn, got = Turn(1, 2, 5, 3), somewhere()
     updates, replies = ([], []), []
     for client in range(5):
@@ -46,6 +47,17 @@ def test_at_step_one_it_sends_and_does_what_klms_does():
     assert np.allclose(
         ours.theta(ours.broadcast(after[0])), theirs.theta(theirs.broadcast(after[1])), atol=1 / LEVELS
     )
+
+
+def test_blocks_are_left_as_a_setting():
+    found, turn, got = built(DrawStep, code="blocks", index_bits=8, margin=2.0), Turn(1, 1, 5, 3), somewhere()
+    model, optimizer = trained(found, turn, got)
+    reply = found.finish(got, model, optimizer, turn, {})
+    assert reply.counts["index"].top == 255
+    with pytest.raises(WireError, match="indices up to 255, expected 1 bits each"):
+        built(DrawStep).reconstruct(got, reply, turn)
+    path = built(DrawStep).finish(got, model, optimizer, turn, {}).counts["index"]
+    assert path.values.size < 0.9 * 8 * reply.counts["index"].values.size
 
 
 def test_in_expectation_theta_goes_to_the_mean_of_the_clients():
