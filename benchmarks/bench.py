@@ -45,6 +45,7 @@ PARTS = {
         ("--numel", "200000", "--density", "0.01", "0.2"),
     ),
     "filters": Part("fuse_query.py"),
+    "candidates": Part("candidates.py"),
     "peers": Part("peers/run.py", ("mnist", "--table"), ("digits", "--quick")),
 }
 

@@ -37,10 +37,19 @@ from fedmask_flwr.flower.apps import serve  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
 EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
+BLOCKS = {"code": "blocks", "index-bits": 8, "margin": 2.0}
 ROWS = {
     "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
-    "drawstep at step 2": {"method": "drawstep", "step": 2.0, "downlink": "relay"},
+    "drawstep in blocks at 0.03": {
+        "method": "drawstep",
+        **BLOCKS,
+        "step": 1.25,
+        "target-bpp": 0.03,
+        "downlink": "relay",
+    },
+    "drawstep in blocks": {"method": "drawstep", **BLOCKS, "downlink": "relay"},
+    "drawstep in blocks at step 2": {"method": "drawstep", **BLOCKS, "step": 2.0, "downlink": "relay"},
     "klms at 0.03": {"method": "klms", "downlink": "relay", "target-bpp": 0.03},
     "klms": {"method": "klms", "downlink": "relay"},
     "deltastep": {"method": "deltastep", "downlink": "relay"},

@@ -66,6 +66,13 @@ ROWS = {
     "deltastep": {"method": "deltastep", "downlink": "relay"},
     "deltastep to 1": {"method": "deltastep", "step-min": 1.0, "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
+    "drawstep in blocks": {
+        "method": "drawstep",
+        "code": "blocks",
+        "index-bits": 8,
+        "margin": 2.0,
+        "downlink": "relay",
+    },
     "klms": {"method": "klms", "downlink": "relay"},
     "fedpm": {"method": "fedpm"},
 }

@@ -1,25 +1,27 @@
-"""DrawStep: send the number of a candidate mask, let theta step by more than the candidates.
+"""DrawStep: send a path to a candidate mask, let theta step by more than the candidates.
 
-Ours: the candidates of KLMS (arXiv 2306.12625) for a share of the change, and a server that takes that share many
-times, as over-relaxation does.
+Ours: the candidates of KLMS (arXiv 2306.12625) for a share of the change, named by a path through a trellis
+(`fedmask_flwr.masks.trellis`), and a server that takes that share many times, as over-relaxation does.
 
-The client samples theta_g + (theta_k - theta_g)/step by minimal random coding and sends the numbers of its
-candidates. The server moves theta, it does not vote anew:
+The client samples theta_g + (theta_k - theta_g)/step by minimal random coding and sends the path to its candidates.
+The server moves theta, it does not vote anew:
 
     theta <- clip(theta + step * (mean_k(m_k) - theta), epsilon, 1 - epsilon)
 
 In expectation, but for the clip, that is the mean of theta_k, as with KLMS, whose server is this one at step 1. But
-numbers cost the divergence, which is the square of the change: half of the change, taken twice, costs a quarter.
+candidates cost the divergence, which is the square of the change: half of the change, taken twice, costs a quarter.
 The price is variance, step^2 theta (1 - theta)/K, which drives theta to 0 and 1 sooner: too soon if the step
 is large.
 
-Travels: up, b bits a block, about KL/step^2 * b / (b - margin) bits in all; never more than ``target-bpp``, where
-that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about 50 bytes).
+Travels: up, a bit a block, about KL/step^2 * b / (b - 1) bits in all for a register of b; never more than
+``target-bpp``, where that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about
+50 bytes).
 
-Settings: as KLMS; step from 1.5 to ``step-min`` 1 on a cosine over the run. There is no posterior, so no prior,
-window or estimator. By its variance, the fewer devices in a round, the nearer to 1 the step should be.
+Settings: step from 1.5 to ``step-min`` 1 on a cosine over the run; registers of 10 bits. There is no posterior, so no
+prior, window or estimator. By its variance, the fewer devices in a round, the nearer to 1 the step should be.
+``code = "blocks"`` sends numbers of separate blocks, as KLMS does.
 
-Limits: those of KLMS.
+Limits: the client hashes 2^b numbers for each weight that changed.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ Travels: up, b bits a block, about KL * b / (b - margin) bits in all and at most
 so short that K of them are less than the counts.
 
 Settings: as FedPM; 2^8 candidates, 2 bits above a block's divergence. Fewer bits than the
-divergence asks for (``target-bpp``) shrink the step instead of failing.
+divergence asks for (``target-bpp``) shrink the step instead of failing. ``code = "trellis"`` sends a bit a block, a
+path through all of them (`fedmask_flwr.masks.trellis`): fewer bits for the same change; not in the papers.
 
 Limits: the client hashes N numbers for each weight that changed, without numba seconds a million. Blocks are
 drawn by lot and equally large, which wastes little: a block's divergence hardly differs from another's.

@@ -1,17 +1,13 @@
-"""An acceptance run on real images, in this process: the same bits as in the simulation, without its start."""
+"""An acceptance run on real images."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Context, RecordDict
-from loopback import LoopbackGrid
+from inprocess import federate
 
-from client_app.main import app
-from fedmask_flwr.flower.apps import serve
 from fedmask_flwr.wire import Frame
 
 MNIST = Path(__file__).parents[3] / "shared/data/mnist"
@@ -26,12 +22,8 @@ pytestmark = pytest.mark.slow
 def test_rounds_of_mnist(settings, rounds, bits, tmp_path):
     """95 % after so many bits a parameter up; seed 7 is none of those that results were kept of."""
     assert MNIST.is_dir(), f"this test reads MNIST's idx files from {MNIST}"
-    config = {
-        **settings, "data": "mnist", "data-dir": str(MNIST), "model": "mlp", "clients": 10, "min-nodes": 10,
-        "num-server-rounds": rounds, "out": str(tmp_path / "run"), "memory-dir": str(tmp_path / "memory"),
-    }  # fmt: skip
-    serve(LoopbackGrid(app, 10, config), Context(1, 1, {}, RecordDict(), config))
-    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    changes = {**settings, "data": "mnist", "data-dir": str(MNIST), "model": "mlp", "num-server-rounds": rounds}
+    lines = federate(tmp_path / "run", 10, **changes)
     assert lines[-1]["accuracy_threshold"] >= 0.95
     assert sum(line["uplink_bpp"] for line in lines) <= bits
     frame = Frame.parse((tmp_path / "run/mask.fedmask").read_bytes())

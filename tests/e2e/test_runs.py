@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from inprocess import federate
 from test_docs import commands
 
 from fedmask_flwr.simulation.sandbox import scripts
@@ -30,12 +31,6 @@ def shell(command, timeout=600, **env):
         shlex.split(command), cwd=ROOT, env={**os.environ, "PATH": path, **env}, capture_output=True, text=True,
         timeout=timeout, check=False,
     )  # fmt: skip
-
-
-def fedmask(options, out):
-    done = shell(f"fedmask run {options} --out {out} --overwrite", timeout=1200)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def mean_bpp(lines):
@@ -54,6 +49,7 @@ def test_demo():
     assert all(line["clients_ok"] == 10 and line["clients_failed"] == 0 for line in lines)
 
 
+@pytest.mark.long
 def test_readme_commands():
     """A run, a look at its mask, its network, a comparison: the very lines of the README."""
     for name in ("fedpm", "fedpm-network", "compare"):
@@ -107,10 +103,12 @@ def processes(mark, program):
     return found
 
 
+@pytest.mark.long
 def test_a_killed_server_resumes_bit_for_bit(tmp_path):
     """Kill the server in round 4, start again, kill ``fedmask run`` itself in round 6, start again."""
     options = "--method deltamask --data digits --clients 3 --rounds 8 --local-epochs 1"
-    whole = fedmask(options, tmp_path / "whole")
+    changes = {"method": "deltamask", "data": "digits", "num-server-rounds": 8, "local-epochs": 1}
+    whole = federate(tmp_path / "whole", 3, **changes)
     mark, out = uuid.uuid4().hex, tmp_path / "cut"
     command = [str(scripts() / "fedmask"), "run", *options.split(), "--out", str(out)]
     metrics = out / "metrics.jsonl"
@@ -143,10 +141,11 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+@pytest.mark.long
 def test_flwr_run_does_the_same_thing(tmp_path):
-    """``flwr run .`` from the checkout, in a FLWR_HOME and on ports of its own, ends with fedmask run's mask."""
+    """``flwr run .`` in the checkout, with a FLWR_HOME and ports of its own, ends with the mask of this process."""
     changes = {"num-server-rounds": 3, "local-epochs": 1}
-    ours = fedmask("--clients 10 -c num-server-rounds=3 -c local-epochs=1", tmp_path / "ours")
+    ours = federate(tmp_path / "ours", 10, **changes)
     mark, exports = uuid.uuid4().hex, [line for line in commands() if line.startswith("export")]
     env = {
         "E2E_MARK": mark, "FLWR_HOME": str(tmp_path / "home"), "FLWR_TELEMETRY_ENABLED": "0",
