@@ -17,8 +17,8 @@ Travels: up, a bit a block, about KL/step^2 * b / (b - 1) bits in all for a regi
 ``target-bpp``, where that is set. Down, theta in integers, or the replies of others. Both exclude the frame (about
 50 bytes).
 
-Settings: step from 1.5 to ``step-min`` 1 on a cosine over the run; registers of 10 bits. There is no posterior, so no
-prior, window or estimator. By its variance, the fewer devices in a round, the nearer to 1 the step should be.
+Settings: step from 1.5 to ``step-min`` 1 on a cosine over the run; registers of 10 bits. There is no posterior, so
+no prior, window or estimator. By its variance, the fewer devices in a round, the nearer to 1 the step should be.
 ``code = "blocks"`` sends numbers of separate blocks, as KLMS does.
 
 Limits: the client hashes 2^b numbers for each weight that changed.
