@@ -8,12 +8,12 @@ can tell that they do not overlap, and uses the processor's vector instructions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from ..jit import available, compiled
@@ -158,49 +158,77 @@ def step(
 
 
 def usable(layers: Layers) -> bool:
-    """Whether `finite` and `learn` work here: compiled, on a CPU, a bit a weight."""
+    """Whether a `Step` works here: compiled, on a CPU, a bit a weight."""
     return layers.on_cpu and not layers.whole and available()
 
 
-def finite(layers: Layers, grads: Sequence[Tensor | None]) -> bool:
-    """Whether every element of ``G*w`` is sure to be, from the largest of both: one pass over G alone."""
-    tops = (largest(g.numpy()) for _, _, _, g in layers.each(grads))
-    sizes = (float(np.uint32(top).view(np.float32)) for top in tops)
-    return all(g * w <= LARGEST for g, w in zip(sizes, layers.peaks(), strict=True))
+class _Arrays(NamedTuple):
+    """A layer's part of what a step works on; None for what there is not."""
+
+    start: int
+    w: NDArray[np.float32]
+    s: NDArray[np.float32]
+    m: NDArray[np.float32] | None
+    v: NDArray[np.float32] | None
+    pruned: NDArray[np.bool_] | None
 
 
-def learn(
-    layers: Layers,
-    grads: Sequence[Tensor | None],
-    scores: Tensor,
-    moments: Sequence[Tensor],
-    key: Key,
-    rule: DrawRule,
-    *,
-    rates: Sequence[float],
-    bound: float,
-    power: bool,
-    penalty: float,
-) -> None:
-    """Update the scores and moments of all layers and write the mask of `key` into the parameters.
+@final
+class Step:
+    """The compiled step of a network. Its arrays are made once: in a small network that takes as long as the work.
 
-    `rates` are `AdamRates` with two moments, else `SgdRates`; scores stay in [-bound, bound].
+    `scores` (d,) and `moments`, none, one or two (d,), are updated in place.
     """
-    s, (m, v) = scores.numpy(), ([x.numpy() for x in moments] + [None, None])[:2]
-    gone = None if rule.pruned is None else rule.pruned.numpy()
-    flat = np.array([bound, penalty, *rates], np.float32)
-    words, scratch = np.array(key, np.int32).view(np.uint32), np.empty(BLOCK, np.float32)
-    cut = np.array([rule.cut], np.float32) if rule.draw == "threshold" else None
-    for start, p, w, grad in layers.each(grads):
-        here = slice(start, start + w.numel())
-        # A parameter in another memory format or type has no flat view.
-        own = p.is_contiguous() and p.dtype == torch.float32
-        out = p.detach().view(-1) if own else torch.empty_like(w)
-        step(
-            grad.numpy(), w.numpy(), s[here], None if m is None else m[here], None if v is None else v[here],
-            out.numpy(), scratch, flat, words, start, power, cut, None if gone is None else gone[here],
-        )  # fmt: skip
-        if own:
-            increment_version(p)  # what torch does for its own writes, so that a stale graph is refused
-        else:
-            p.copy_(out.view(p.shape))
+
+    def __init__(self, layers: Layers, scores: Tensor, moments: Sequence[Tensor], rule: DrawRule) -> None:
+        self._layers = layers
+        self._cut = np.array([rule.cut], np.float32) if rule.draw == "threshold" else None
+        self._scratch = np.empty(BLOCK, np.float32)
+        pruned = None if rule.pruned is None else rule.pruned.numpy()
+        s, (m, v) = scores.numpy(), ([x.numpy() for x in moments] + [None, None])[:2]
+        self._arrays = []
+        for start, w in layers.flat():
+            rest = (None if x is None else x[start : start + w.numel()] for x in (m, v, pruned))
+            self._arrays.append(_Arrays(start, w.numpy(), s[start : start + w.numel()], *rest))
+        self._outs: list[tuple[int, NDArray[np.float32]] | None] = [None] * len(self._arrays)
+
+    def gradients(self, grads: Sequence[Tensor | None]) -> list[NDArray[np.float32]]:
+        """G of each layer, flat float32; zeros for none."""
+        return [
+            np.zeros_like(arrays.w) if grad is None else grad.reshape(-1).float().numpy()
+            for arrays, grad in zip(self._arrays, grads, strict=True)
+        ]
+
+    def finite(self, grads: Sequence[NDArray[np.float32]]) -> bool:
+        """Whether every element of ``G*w`` is sure to be, from the largest of both: one pass over G alone."""
+        sizes = (float(np.uint32(largest(grad)).view(np.float32)) for grad in grads)
+        return all(g * w <= LARGEST for g, w in zip(sizes, self._layers.peaks(), strict=True))
+
+    def __call__(
+        self, grads: Sequence[NDArray[np.float32]], key: Key, *, rates: Sequence[float], bound: float, power: bool,
+        penalty: float,
+    ) -> None:  # fmt: skip
+        """Update the scores and moments of all layers and write the mask of `key` into the parameters.
+
+        `rates` are `AdamRates` with two moments, else `SgdRates`; scores stay in [-bound, bound].
+        """
+        flat = np.array([bound, penalty, *rates], np.float32)
+        words = np.array(key, np.int32).view(np.uint32)
+        for i, (arrays, p, grad) in enumerate(zip(self._arrays, self._layers.params, grads, strict=True)):
+            start, w, s, m, v, pruned = arrays
+            out = self._out(i, p)
+            values = np.empty_like(w) if out is None else out
+            step(grad, w, s, m, v, values, self._scratch, flat, words, start, power, self._cut, pruned)
+            if out is None:
+                p.copy_(torch.from_numpy(values).view(p.shape))
+            else:
+                increment_version(p)  # what torch does for its own writes, so that a stale graph is refused
+
+    def _out(self, i: int, p: nn.Parameter) -> NDArray[np.float32] | None:
+        """A flat view of the parameter; None if its memory format or type has none. Its storage may be replaced."""
+        if not (p.is_contiguous() and p.dtype == torch.float32):
+            return None
+        kept, place = self._outs[i], p.data_ptr()
+        if kept is None or kept[0] != place:
+            kept = self._outs[i] = place, p.detach().view(-1).numpy()
+        return kept[1]

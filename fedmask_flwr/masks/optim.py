@@ -119,6 +119,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self._work = torch.empty(self._layers.room(n), device=device)
         self._scratch: Tensor | None = None
         self._room: Room | None = None
+        self._fused: fused.Step | None = None
         self.set_theta(theta)
 
     @property
@@ -218,18 +219,24 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads = self._layers.gradients()
-        self._check(grads)
-        self._updates += 1
-        rates, power = self._rates(self.param_groups[0]), self._ste == "p"
+        grads, power = self._layers.gradients(), self._ste == "p"
         if fused.usable(self._layers):
-            moments = list(self._moments.values())
-            fused.learn(
-                self._layers, grads, self._scores, moments, self._step_key(), self._rule,
-                rates=rates, bound=self._bound, power=power, penalty=self._penalty,
+            if self._fused is None:
+                self._fused = fused.Step(self._layers, self._scores, list(self._moments.values()), self._rule)
+            flat = self._fused.gradients(grads)
+            if not self._fused.finite(flat):
+                self._refuse(grads)
+            self._updates += 1
+            self._fused(
+                flat, self._step_key(),
+                rates=self._rates(self.param_groups[0]), bound=self._bound, power=power, penalty=self._penalty,
             )  # fmt: skip
         else:
-            self._layers.write(self._masks(self._step_key(), self._learners(grads, rates, power)))
+            if not (self._layers.on_cpu and not self._layers.whole and finite(self._layers, grads)):
+                self._refuse(grads)
+            self._updates += 1
+            learners = self._learners(grads, self._rates(self.param_groups[0]), power)
+            self._layers.write(self._masks(self._step_key(), learners))
         return loss
 
     def _learners(self, grads: list[Tensor | None], rates: tuple[float, ...], power: bool) -> Iterator[None]:
@@ -251,11 +258,8 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             _clip(s[part], self._bound)
             yield
 
-    def _check(self, grads: list[Tensor | None]) -> None:
-        """One cheap pass finds trouble, a second one says where it is."""
-        quick = fused.finite if fused.usable(self._layers) else finite
-        if self._layers.on_cpu and not self._layers.whole and quick(self._layers, grads):
-            return
+    def _refuse(self, grads: list[Tensor | None]) -> None:
+        """Find the layer whose gradient is not finite, if there is one: what is cheap could not rule it out."""
         parts = slices(self._spec.numel, self._scores.device)
         total = sum(float(self._layers.incoming(grads, part, self._work).sum()) for part in parts)
         if not isfinite(total) and (name := self._layers.bad(grads)) is not None:

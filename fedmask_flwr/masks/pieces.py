@@ -31,7 +31,7 @@ class Layers:
     def __init__(self, spec: MaskSpec, params: Sequence[nn.Parameter], frozen: Tensor) -> None:
         self._spec, self.whole = spec, spec.granularity == "filter"
         self.on_cpu = frozen.device.type == "cpu"
-        self._params, self._frozen = list(params), list(spec.split_weights(frozen).values())
+        self.params, self._frozen = list(params), list(spec.split_weights(frozen).values())
         self._peaks: list[float] | None = None
         self._starts = [0, *accumulate(prod(shape) for shape in spec.shapes)]
 
@@ -41,7 +41,7 @@ class Layers:
 
     def gradients(self) -> list[Tensor | None]:
         """dL/d(w*m) of each layer, None where there is none."""
-        found = [p.grad for p in self._params]
+        found = [p.grad for p in self.params]
         return [g if g is None or g.layout == torch.strided else g.to_dense() for g in found]
 
     def incoming(self, grads: Sequence[Tensor | None], part: slice, work: Tensor) -> Tensor:
@@ -61,11 +61,10 @@ class Layers:
                 torch.mul(grad.reshape(-1)[here].float(), self._frozen[layer].view(-1)[here], out=g)
         return work[: part.stop - part.start]
 
-    def each(self, grads: Sequence[Tensor | None]) -> Iterator[tuple[int, nn.Parameter, Tensor, Tensor]]:
-        """First position in the mask, parameter, flat w and flat G of each layer, both float32; zeros for no G."""
-        for start, p, w, grad in zip(self._starts, self._params, self._frozen, grads, strict=False):
-            flat = w.view(-1)
-            yield start, p, flat, torch.zeros_like(flat) if grad is None else grad.reshape(-1).float()
+    def flat(self) -> Iterator[tuple[int, Tensor]]:
+        """First position in the mask and flat w of each layer."""
+        for start, w in zip(self._starts, self._frozen, strict=False):
+            yield start, w.view(-1)
 
     def peaks(self) -> list[float]:
         """Largest magnitude of w of each layer; w is frozen, so they are looked for once."""
@@ -84,30 +83,30 @@ class Layers:
         """Set the parameters to w*m from slices of m in order; at filter granularity there is one slice."""
         if self.whole:
             for _, values in parts:
-                for p, w, m in zip(self._params, self._frozen, self._spec.split(values).values(), strict=True):
+                for p, w, m in zip(self.params, self._frozen, self._spec.split(values).values(), strict=True):
                     torch.mul(w, m, out=p)
             return
         # A parameter in another memory format has no flat view.
-        plain = [p.is_contiguous() for p in self._params]
+        plain = [p.is_contiguous() for p in self.params]
         flat = [
             p.view(-1) if own else torch.empty_like(p, memory_format=torch.contiguous_format).view(-1)
-            for p, own in zip(self._params, plain, strict=True)
+            for p, own in zip(self.params, plain, strict=True)
         ]
         for part, values in parts:
             for layer, here, there in self._pieces(part):
                 torch.mul(self._frozen[layer].view(-1)[here], values[there], out=flat[layer][here])
-        for p, own, values in zip(self._params, plain, flat, strict=True):
+        for p, own, values in zip(self.params, plain, flat, strict=True):
             if not own:
                 p.copy_(values.view(p.shape))
 
     def restore(self) -> None:
         """Set the parameters to w."""
-        for p, w in zip(self._params, self._frozen, strict=True):
+        for p, w in zip(self.params, self._frozen, strict=True):
             p.copy_(w)
 
     def _pieces(self, part: slice) -> Iterator[tuple[int, slice, slice]]:
         """Layers that a slice of the mask touches: number, which of their weights, where in the slice."""
-        for layer in range(bisect_right(self._starts, part.start) - 1, len(self._params)):
+        for layer in range(bisect_right(self._starts, part.start) - 1, len(self.params)):
             start, stop = self._starts[layer : layer + 2]
             if start >= part.stop:
                 return
