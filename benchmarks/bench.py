@@ -38,6 +38,7 @@ class Part:
 PARTS = {
     "training": Part("training.py"),
     "heap": Part("heap.py"),
+    "device memory": Part("device_memory.py"),
     "votes": Part("votes.py"),
     "codecs": Part(
         "codecs.py",

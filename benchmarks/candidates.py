@@ -37,6 +37,7 @@ from inprocess import federate  # noqa: E402
 from benchmarks.ratios import Ratio, save  # noqa: E402
 from fedmask_flwr import jit  # noqa: E402
 from fedmask_flwr.masks import (  # noqa: E402
+    Change,
     Draws,
     derive,
     divergence,
@@ -77,11 +78,12 @@ class Dealt(Draws):
 
     __slots__ = ("order",)
 
-    def block_of(self, d: int) -> np.ndarray:
+    def block_of(self, places: np.ndarray) -> np.ndarray:
+        d = self.order.size
         rng, out = np.random.Generator(np.random.Philox(key=5)), np.empty(d, np.int32)
         turns = [rng.permutation(self.blocks) for _ in range(-(-d // self.blocks))]
         out[self.order] = np.concatenate(turns)[:d]
-        return out
+        return out[places]
 
 
 def recorded(data: str, data_dir: str, rounds: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -106,19 +108,19 @@ def recorded(data: str, data_dir: str, rounds: tuple[int, ...]) -> list[tuple[np
 
 def mask_of(code: Code, theta_g: np.ndarray, theta_k: np.ndarray, key: int) -> tuple[np.ndarray, int, float]:
     """The mask, the bits it takes, and the seconds to find it."""
-    costs = divergence(theta_k, theta_g)
-    bits = float(costs.sum()) * code.bits / (code.bits - code.margin)
+    began = time.process_time()
+    change = Change.between(theta_g, theta_k, klms.REST)
+    bits = change.bits * code.bits / (code.bits - code.margin)
     draws = (Dealt if code.even else Draws)(
         derive("candidates", key), math.ceil(bits if code.path else bits / code.bits), 1 << code.bits
     )
     if code.even:
-        object.__setattr__(draws, "order", np.argsort(-costs, kind="stable"))
-    began = time.process_time()
+        object.__setattr__(draws, "order", np.argsort(-divergence(theta_k, theta_g), kind="stable"))
     if code.path:
-        sent = trace_path(draws, theta_g, theta_k, klms.REST)
+        sent = trace_path(draws, change)
         chosen, size = path_candidates(sent, draws.size), draws.blocks
     else:
-        chosen = pick(draws, theta_g, theta_k, derive("chance", key), klms.REST)
+        chosen = pick(draws, change, derive("chance", key))
         size = draws.blocks * code.bits
     seconds = time.process_time() - began
     if not code.even:

@@ -22,7 +22,9 @@ def kebab(name: str) -> str:
 class RunConfig(BaseModel):
     """Everything a run can be told, except the method's own settings (``method_config``)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", alias_generator=kebab, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, alias_generator=kebab, populate_by_name=True
+    )
 
     method: str = Field("deltamask", description="a built-in method, or 'package.module:Class'")
     data: str = Field(

@@ -34,7 +34,7 @@ def default_folder() -> Path:
 
 def forget(folder: Path) -> None:
     """Delete the memory of all runs below ``folder``, and the folder when nothing else is in it."""
-    for file in folder.glob("*/*.safetensors"):
+    for file in (*folder.glob("*/*.safetensors"), *folder.glob("*/*.safetensors.tmp")):
         file.unlink()
     for left in (*folder.glob("*/"), folder):
         if left.is_dir() and not any(left.iterdir()):
@@ -96,6 +96,8 @@ class DeviceMemory:
         path.parent.mkdir(parents=True, exist_ok=True)
         header = {"fedmask": json.dumps({"client": self.client, "round": round_, "run": self.run}, sort_keys=True)}
         write_atomic(path, save({k: v.copy(order="C") for k, v in arrays.items()}, metadata=header))
+        for torn in path.parent.glob(f"{self.client:d}.*.tmp"):  # of a process that was killed as it wrote
+            torn.unlink(missing_ok=True)
         readable = [r for r in self._rounds() if self._is_readable(self._path(r))]
         older = [r for r in readable if r <= round_]
         for stale in {*readable} - {*older[-GENERATIONS:]}:

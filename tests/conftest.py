@@ -18,6 +18,7 @@ def _one_thread():
     tiny.one_thread()
 
 
+@pytest.hookimpl(trylast=True)  # once those of other marks are gone
 def pytest_collection_modifyitems(items):
     """The longest tests lead the workers' shares, or one of them would begin when all else is done."""
     if any(item.get_closest_marker("long") for item in items):

@@ -25,7 +25,7 @@ class Fleet:
 
     def __init__(self, method, clients=5, make=wide, codec="auto", fraction=0.5, steps=2, **settings):
         kind = resolve(method)
-        self.make, self.codec, self.steps = make, codec, steps
+        self.make, self.codec, self.lossy, self.steps = make, codec, codec, steps
         self.ends = []
         for share in (fraction, 1.0):  # devices do not know the share of clients that train
             model = network(make)
@@ -93,7 +93,9 @@ class Fleet:
     def read(self, client, reply):
         server, turn = self.server, self.turn(client)
         told = server.understood(self.state, client)
-        received = read_reply(reply, server, told, turn, server.recall(self.state, client), digest=DIGEST)
+        received = read_reply(
+            reply, server, told, turn, server.recall(self.state, client), digest=DIGEST, lossy=self.lossy
+        )
         self.up[client] = received
         rate = max((c.flip_rate for c in received.codecs.values() if isinstance(c, BitCodec)), default=0.0)
         meant = server.reconstruct(told, received.payload, turn)

@@ -6,15 +6,31 @@ import pytest
 import tiny
 
 from fedmask_flwr.config import ConfigError, RunConfig, load_config, method_keys
-from fedmask_flwr.methods import BUILTIN, resolve
+from fedmask_flwr.methods import BUILTIN, Turn, resolve
 
 
 def test_pyproject_declares_every_key_with_its_default():
     table = tiny.declared_config()
     fields = {f.alias: f.default for f in RunConfig.model_fields.values()}
     for name in BUILTIN:
-        fields |= {f.alias: f.default for f in resolve(name).Config.model_fields.values()}
+        own = {f.alias: f.default for f in resolve(name).Config.model_fields.values()}
+        # Flower hands every declared key over, so a default must be the same for all that have the key.
+        assert {key: fields[key] for key in own if key in fields} == {k: v for k, v in own.items() if k in fields}
+        fields |= own
     assert table == fields
+
+
+def test_a_methods_own_settings_survive_the_declared_ones():
+    """What its card says is what `fedmask run` does."""
+    last, own = Turn(1, 9, 9, 0), {}
+    for name in ("deltastep", "drawstep", "klms"):
+        _, settings = load_config(tiny.declared_config() | {"method": name})
+        model = tiny.net()
+        method = resolve(name)(resolve(name).layout(model), model, resolve(name).Config(**settings))
+        own[name] = method.step(last) if name != "klms" else (method.config.size, method.config.spare, method.each)
+    assert own == {"deltastep": 1.25, "drawstep": 1.0, "klms": (8, 2.0, 8)}
+    drawstep = resolve("drawstep").Config()
+    assert (drawstep.trellis, drawstep.size, drawstep.spare) == (True, 10, 1.0)
 
 
 def test_flat_config_is_split():

@@ -210,8 +210,11 @@ def test_a_death_while_writing_leaves_the_old_memory(tmp_path, monkeypatch):
             own.keep(2, holds(2))
     assert "1.000002.safetensors.tmp" in files(tmp_path)
     assert value_of(own.recall(3)) == 1
-    own.keep(2, holds(2))
-    assert files(tmp_path) == ["1.000001.safetensors", "1.000002.safetensors"]
+    own.keep(3, holds(3))  # the round that was torn did not come again
+    assert files(tmp_path) == ["1.000001.safetensors", "1.000003.safetensors"]
+    (tmp_path / "ab12/1.000004.safetensors.tmp").write_bytes(b"torn")
+    memory.forget(tmp_path)
+    assert not tmp_path.exists()
 
 
 def test_the_file_is_replaced_whole(tmp_path, monkeypatch):

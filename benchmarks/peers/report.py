@@ -13,7 +13,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.ratios import Ratio  # noqa: E402
 
 Run = Mapping[str, Any]
-SAMPLED = ("drawstep at 0.03", "drawstep", "klms at 0.03")
+SAMPLED = ("drawstep at 0.05", "drawstep at 0.03", "drawstep", "drawstep in blocks at 0.03", "klms at 0.03")
 EXACT = ("deltastep", "deltastep to 1", "deltamask exact")
 DENSE_BITS = 64.0  # FedAvg with float32, up and down
 

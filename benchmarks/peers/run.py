@@ -39,6 +39,7 @@ RESULTS = ROOT / "benchmarks/results"
 EXACT = {"kappa": 1.0, "kappa-min": 1.0, "adam-eps": 1e-4}
 BLOCKS = {"code": "blocks", "index-bits": 8, "margin": 2.0}
 ROWS = {
+    "drawstep at 0.05": {"method": "drawstep", "step": 1.25, "target-bpp": 0.05, "downlink": "relay"},
     "drawstep at 0.03": {"method": "drawstep", "step": 1.25, "target-bpp": 0.03, "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
     "drawstep in blocks at 0.03": {

@@ -72,7 +72,7 @@ def measure(name: str, clients: int) -> dict:
     method = strategy.method
     if name == "klms":
         index = np.arange(4, dtype=np.uint32)
-        payload = Payload(counts={"index": Counts(index, (1 << method.config.index_bits) - 1)})
+        payload = Payload(counts={"index": Counts(index, (1 << method.each) - 1)})
     else:
         payload = Payload(bits={"mask": pack_bits(np.arange(NUMEL) % 3 == 0)})
     grid, parts = Echo(clients, payload, method), {}

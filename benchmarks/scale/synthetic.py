@@ -69,8 +69,8 @@ def frames(method, state, rng):
         turn = Turn(7, 2, 99, device)
         if isinstance(method, Sampling):
             size = method.blocks(bits)
-            index = rng.integers(0, 1 << method.config.index_bits, size).astype(np.uint32)
-            payload = Payload(counts={"index": Counts(index, (1 << method.config.index_bits) - 1)})
+            index = rng.integers(0, 1 << method.each, size).astype(np.uint32)
+            payload = Payload(counts={"index": Counts(index, (1 << method.each) - 1)})
         else:
             payload = Payload(bits={"mask": pack_bits(method.draw(theta, turn))})
         made.append(

@@ -14,7 +14,6 @@ from torch import nn
 from fedmask_flwr import data, heap
 from fedmask_flwr.config import ConfigError, load_config, patterns
 from fedmask_flwr.logs import use_json
-from fedmask_flwr.metrics import Exporter
 from fedmask_flwr.plan import AS_BUILT
 from fedmask_flwr.setting import network, scenario_of, settled, shape
 from fedmask_flwr.track import RunDir
@@ -56,6 +55,8 @@ def federate(grid: Grid, flat: Mapping[str, Any], folder: Path) -> None:
     run_dir, exporter = RunDir(folder, flat), None
     try:
         if config.metrics_port:
+            from fedmask_flwr.metrics import Exporter  # which no device needs
+
             exporter = Exporter(
                 config.metrics_port, config.metrics_address, method=config.method, rounds=config.num_server_rounds
             )

@@ -14,6 +14,11 @@ from .records import ARRAYS, flower_bytes, frame_of, record
 REASON = 200  # characters that are kept of why a client failed
 
 
+def brief(text: object) -> str:
+    """One line of what a client said, or of an error about it: nobody else fills a log, or forges its lines."""
+    return " ".join(str(text)[: 10 * REASON].split())[:REASON]
+
+
 @dataclass(slots=True)
 class Ledger:
     """Counts of one round. Bytes are totals over clients, of whole frames; Flower's own bytes stand apart."""
@@ -48,7 +53,7 @@ class Ledger:
 
     def lose(self, reason: str) -> None:
         """Note why a training reply could not be used."""
-        self.lost[" ".join(reason.split())[:REASON]] += 1
+        self.lost[brief(reason)] += 1
 
     def receive(self, reply: Message) -> None:
         """Count a reply's bytes, readable or not."""

@@ -16,7 +16,7 @@ from fedmask_flwr.methods import Method, Turn, Update
 from fedmask_flwr.methods.reading import read_reply
 from fedmask_flwr.wire import BitCodec, Payload, WireError
 
-from .ledger import Ledger
+from .ledger import Ledger, brief
 from .records import ARRAYS, CONFIG, MASKS, METRICS, frame_of, record
 
 WARNING = 30
@@ -52,9 +52,9 @@ def answers(
         if node is None:
             log(WARNING, "a second or unasked reply of node %d dropped", reply.metadata.src_node_id)
         elif reply.has_error():
-            log(WARNING, "node %d failed (code %d): %s", node, reply.error.code, reply.error.reason)
+            log(WARNING, "node %d failed (code %d): %s", node, reply.error.code, brief(reply.error.reason))
             if lose is not None:
-                lose(f"{reply.error.reason} (code {reply.error.code})")
+                lose(f"{brief(reply.error.reason)} (code {reply.error.code})")
         else:
             yield node, reply
     for node in node_of.values():  # Flower says nothing of these
@@ -74,19 +74,23 @@ def read_updates(
     digest: bytes,
     turn: Turn,
     ledger: Ledger,
+    spoke: dict[int, int],
     masks: str = "",
+    lossy: str = "",
     threads: int = 1,
 ) -> Iterator[Update]:
     """Decode replies in the order of their client numbers, so that a run repeats exactly.
 
     A reply is let go once it is decoded. ``nodes`` is what ``destinations`` gave, ``state`` is the state that was
     broadcast, ``told(client)`` what that client was told of it, ``clients`` the numbers of the nodes that were
-    asked for theirs. ``turn`` carries the round's seed; its client is replaced by
-    each reply's. ``masks`` names the structural masks that every client must have. An error reply, an unreadable
+    asked for theirs, ``spoke`` the client that each node answered as, the latest last; it is kept up to date here.
+    ``turn`` carries the round's seed; its client is replaced by each reply's. ``masks`` names the structural masks
+    that every client must have, ``lossy`` the run's codec, if it may flip bits. An error reply, an unreadable
     frame, a second answer and metrics of a wrong type are logged and counted as failures, never raised. As many
     replies as there are ``threads`` are decoded at a time.
     """
-    by_client: dict[int, list[Message]] = {}
+    claims: dict[int, dict[int, Message]] = {}
+    last = {client: node for node, client in spoke.items()}
     for node, reply in answers(replies, nodes, ledger.lose):
         ledger.receive(reply)
         try:
@@ -94,33 +98,51 @@ def read_updates(
             client = integer(reply, "client")
             if clients.get(node, client) != client:
                 raise WireError(f"it answers as client {client}, but said it was client {clients[node]}")
-            by_client.setdefault(client, []).append(reply)
+            if spoke.get(node, client) != client:
+                raise WireError(f"it answers as client {client}, but was client {spoke[node]} before")
+            claims.setdefault(client, {})[node] = reply
         except WireError as error:
-            log(WARNING, "reply of node %d dropped: %s", node, error)
+            log(WARNING, "reply of node %d dropped: %s", node, brief(error))
             ledger.lose(str(error))
+    by_client = {}
+    for client in sorted(claims):
+        if (one := _rightful(client, claims.pop(client), last, ledger)) is not None:
+            by_client[client] = one
+        del one  # a reply is held once
 
     def decoded(asked: tuple[int, Payload]) -> tuple[int, int, _Read | WireError]:
         client, heard = asked
-        found = by_client.pop(client)
-        count = len(found)
+        node, reply = by_client.pop(client)
         try:
-            if count > 1:  # whoever came first must not decide
-                raise WireError(f"{count} nodes say they are it: give each its own client-id")
             mine = Turn(turn.seed, turn.round, turn.rounds, client)
-            return client, count, _read(found.pop(), mine, method, state, heard, digest)
+            return client, node, _read(reply, mine, method, state, heard, digest, lossy)
         except WireError as error:
-            return client, count, error
+            return client, node, error
 
-    for client, count, found in in_order(
-        decoded, ((client, told(client)) for client in sorted(by_client)), threads
-    ):
+    for client, node, found in in_order(decoded, ((client, told(client)) for client in sorted(by_client)), threads):
         if isinstance(found, WireError):
-            log(WARNING, "reply of client %d dropped: %s", client, found)
-            for _ in range(count):
-                ledger.lose(str(found))
+            log(WARNING, "reply of client %d dropped: %s", client, brief(found))
+            ledger.lose(str(found))
         else:
+            spoke.pop(node, None)
+            spoke[node] = client
             ledger.accept(found.nbytes, found.update.weight, found.metrics)
             yield found.update
+
+
+def _rightful(
+    client: int, claims: dict[int, Message], last: Mapping[int, int], ledger: Ledger
+) -> tuple[int, Message] | None:
+    """The node and the reply of a client, of nodes that say they are it: whoever came first must not decide.
+
+    Of several, the node that spoke for the client before does so again; among strangers there is no telling.
+    """
+    told = f"{len(claims)} nodes say they are client {client}: give each its own client-id"
+    for node in [node for node in claims if len(claims) > 1 and node != last.get(client)]:
+        claims.pop(node)
+        log(WARNING, "reply of node %d dropped: %s", node, told)
+        ledger.lose(told)
+    return claims.popitem() if claims else None
 
 
 def in_order(function: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
@@ -150,11 +172,13 @@ class _Read:
     metrics: dict[str, float]
 
 
-def _read(reply: Message, turn: Turn, method: Method[Any], state: Any, told: Payload, digest: bytes) -> _Read:
+def _read(
+    reply: Message, turn: Turn, method: Method[Any], state: Any, told: Payload, digest: bytes, lossy: str
+) -> _Read:
     frame = frame_of(record(reply.content, ARRAYS, ArrayRecord))
     examples = integer(reply, "num-examples")
     shared = method.recall(state, turn.client)
-    received = read_reply(frame, method, told, turn, shared, digest=digest)
+    received = read_reply(frame, method, told, turn, shared, digest=digest, lossy=lossy)
     payload = method.reconstruct(told, received.payload, turn)
     flips = (codec.flip_rate for codec in received.codecs.values() if isinstance(codec, BitCodec))
     rate = max(flips, default=0.0)
@@ -192,7 +216,7 @@ def integer(reply: Message, name: str) -> int:
     value = None if metrics is None else metrics.get(name)
     low, high = (1, 2**40) if name == "num-examples" else (0, 2**64)
     if not isinstance(value, int) or not low <= value < high:
-        raise WireError(f"metrics hold {name} = {value!r}: expected a whole number from {low}")
+        raise WireError(f"metrics hold {name} = {repr(value)[:80]}: expected a whole number from {low}")
     return value
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from flwr.app import Message, RecordDict
 from flwr.common.logger import log
@@ -24,12 +24,14 @@ class Roster:
 
     Flower's node ids are drawn anew at each start of a simulation, so a sample keyed by them would not repeat.
     Nodes are asked for their numbers; one whose app has no ``query`` handler is sampled under its node id.
-    ``told`` holds what nodes said. ``expect`` nodes are waited for before the first round, ``min_nodes`` later.
+    ``told`` holds what nodes said, ``spoke`` what they answered as. ``expect`` nodes are waited for before the
+    first round, ``min_nodes`` later.
     """
 
     def __init__(self, *, min_nodes: int, expect: int, node_timeout: float, seed: int) -> None:
         self.min_nodes, self.node_timeout, self.seed = min_nodes, node_timeout, seed
         self.told: dict[int, int] = {}
+        self.spoke: dict[int, int] = {}
         self._need = max(min_nodes, expect)
         self._asked: Counter[int] = Counter()
 
@@ -100,10 +102,33 @@ class Roster:
         if not unknown:
             return
         asked = [Message(RecordDict(), node, "query") for node in unknown]
+        said: dict[int, int] = {}
         for reply in grid.send_and_receive(asked, timeout=self.node_timeout):
             record = None if reply.has_error() else reply.content.metric_records.get(METRICS)
             client = None if record is None else record.get("client")
             if isinstance(client, int) and 0 <= client < 2**64:
-                self.told[reply.metadata.src_node_id] = client
+                said[reply.metadata.src_node_id] = client
+        self._believe(said, set(grid.get_node_ids()))
         if silent := [node for node in unknown if node not in self.told]:
             log(WARNING, "%d nodes did not tell their client number, such as %d", len(silent), silent[0])
+
+    def _believe(self, said: Mapping[int, int], present: Set[int]) -> None:
+        """Take over the numbers that strangers told, but those that another node has or tells too.
+
+        What a client is told may be its own, so no node hears it by saying a number. Who had one before keeps it
+        while it is there.
+        """
+        for node in [node for node in self.told if node not in present]:
+            del self.told[node]
+        count = Counter([*said.values(), *self.told.values()])
+        for node, client in said.items():
+            if count[client] == 1:
+                self.told[node] = client
+            else:
+                self._asked[node] = 0  # a device that was started again: the node that it was will be gone
+                log(
+                    WARNING,
+                    "node %d says it is client %d, and so does another: give each its own client-id",
+                    node,
+                    client,
+                )

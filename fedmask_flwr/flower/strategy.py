@@ -17,6 +17,7 @@ from torch import nn
 
 from fedmask_flwr.masks import Mode, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Turn, Update, resolve
+from fedmask_flwr.methods.reading import plain
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
@@ -24,7 +25,7 @@ from fedmask_flwr.wire import CODECS, Payload, SideInfo, WireError
 
 from .herald import Herald
 from .journal import Journal
-from .ledger import Ledger, spread, weighted_means
+from .ledger import Ledger, brief, spread, weighted_means
 from .networks import Networks
 from .patience import Patience
 from .prompt import meanwhile, prompt
@@ -104,7 +105,7 @@ class MaskStrategy(Strategy):
         on_round: Callable[[Mapping[str, Any]], None] | None = None,
         **settings: Any,
     ) -> None:
-        resolve(method).Config(**settings)
+        checked = resolve(method).Config(**settings)
         if server_threads < 1:
             raise ValueError(f"server_threads must be 1 or more, got {server_threads}")
         source = f"seed:{seed}" if weights is None else weights
@@ -112,9 +113,14 @@ class MaskStrategy(Strategy):
         masks = structure_id(model) if same_masks else ""
         self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run, masks)
         self.plan.training()
-        named = CODECS.get(codec.partition("+")[0])
-        if resolve(method).exact and named is not None and not named.lossless:
+        named = CODECS.get(plain(codec))
+        self._lossy = "" if named is None or named.lossless else codec
+        if resolve(method).exact and self._lossy:
             raise ValueError(f"{method} needs an exact codec, {codec} may flip bits: use auto")
+        if resolve(method).priced and checked.model_dump().get("target_bpp") and codec != "auto":
+            raise ValueError(
+                f"target-bpp of {method} is a budget for codec auto: with {codec} no round would hold it"
+            )
         if source != AS_BUILT:
             initialise(model, source)
         self.method = self.plan.build(model, fraction_train)
@@ -187,10 +193,12 @@ class MaskStrategy(Strategy):
             state=self.state,
             told=self._told(),
             clients=self.roster.told,
+            spoke=self.roster.spoke,
             digest=self.digest,
             turn=self._turn(server_round),
             ledger=self.ledger,
             masks=self.plan.masks,
+            lossy=self._lossy,
             threads=self.server_threads,
         )
         self.state = self.method.aggregate(self.state, _noting(updates, heard))
@@ -221,7 +229,7 @@ class MaskStrategy(Strategy):
                 same_masks(reply, self.plan.masks)
                 metrics.append((float(integer(reply, "num-examples")), measured(reply)))
             except WireError as error:
-                log(ERROR, "evaluation of node %d dropped: %s", node, error)
+                log(ERROR, "evaluation of node %d dropped: %s", node, brief(error))
         self.ledger.evaluated = len(metrics)
         if not metrics:
             return None

@@ -11,6 +11,8 @@ from .backbone import freeze as freeze
 from .backbone import initialise as initialise
 from .backbone import model_digest as model_digest
 from .backbone import weights_digest as weights_digest
+from .change import Change as Change
+from .change import divergence as divergence
 from .closeness import closeness as closeness
 from .cost import count_macs as count_macs
 from .cost import count_parameters as count_parameters
@@ -30,7 +32,6 @@ from .lookup import taken as taken
 from .optim import MaskOptimizer as MaskOptimizer
 from .optim import Ste as Ste
 from .sampled import Draws as Draws
-from .sampled import divergence as divergence
 from .sampled import pick as pick
 from .sampled import replay as replay
 from .slim import filter_scores as filter_scores
@@ -54,6 +55,7 @@ from .weit import settle as settle
 
 __all__ = [
     "Backbone",
+    "Change",
     "Coupling",
     "Draw",
     "Draws",

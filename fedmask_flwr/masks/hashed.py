@@ -51,10 +51,10 @@ def count(
     k0: int,
     keys: NDArray[np.int32],
 ) -> NDArray[np.int32]:
-    """Sum the weights of each candidate's ones in each block: (candidates, blocks), which begin at ``starts``."""
+    """Sum the weights of each candidate's ones in each block: (blocks, candidates), which begin at ``starts``."""
     tally = np.zeros((starts.size, keys.size), np.int32)
     _count(places.view(np.uint32), cuts, weights, starts, np.uint32(k0 % 2**32), keys.view(np.uint32), tally)
-    return tally.T
+    return tally
 
 
 @compiled()

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmask_flwr.jit import available
+from fedmask_flwr import jit
 
-from .keyed import CHUNK, Key, Scratch, check_range, derive, hash_, mix_, thresholds, words
+from .change import Change
+from .keyed import CHUNK, Key, check_range, derive, hash_, mix_, words
 
 _CACHED = 1 << 15  # positions that are hashed at a time: what that takes stays in a core's L2
-_JUDGED = 4096  # blocks that the scale of the log weights is found on
+_SCORES = 1 << 20  # log weights that are in memory at a time; those of the first blocks tell the scale
+_WORDS = 64  # hashed words that count for a position where machine code may pay
 
-__all__ = ["Draws", "divergence", "pick", "replay"]
+__all__ = ["Draws", "pick", "replay"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,14 @@ class Draws:
         if not 1 <= self.blocks < 2**31 or self.size < 1:
             raise ValueError(f"one block and one candidate at least, got {self.blocks} blocks of {self.size}")
 
-    def block_of(self, d: int) -> NDArray[np.int32]:
-        """Block of each position, (d,): by lot, so that blocks are alike whatever the layers' shapes."""
-        check_range(d, 0)
-        out, scratch, key = np.empty(d, np.int32), Scratch(d), derive(*self.key, "block")
-        for a in range(0, d, CHUNK):
-            n = min(CHUNK, d - a)
-            lot = scratch.words(key, n, a).view(np.uint32).astype(np.uint64)
-            out[a : a + n] = lot * np.uint64(self.blocks) >> np.uint64(32)
+    def block_of(self, places: NDArray[np.int32]) -> NDArray[np.int32]:
+        """Block of each of some positions, (n,): by lot, so that blocks are alike whatever the layers' shapes."""
+        out, key, blocks = np.empty_like(places), derive(*self.key, "block"), np.uint64(self.blocks)
+        scratch = np.empty(min(CHUNK, places.size), np.int32)
+        for a in range(0, places.size, CHUNK):
+            lot = places[a : a + CHUNK].copy()
+            hash_(lot, scratch[: lot.size], key)
+            out[a : a + CHUNK] = lot.view(np.uint32).astype(np.uint64) * blocks >> np.uint64(32)
         return out
 
     def candidates(self) -> tuple[int, NDArray[np.int32]]:
@@ -59,38 +61,23 @@ class Draws:
         return derive(*self.key, "place").k0, words(derive(*self.key, "candidate"), self.size)
 
 
-def _inner(theta: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.clip(theta, 1e-12, 1.0 - 1e-12)
-
-
-def divergence(theta_k: NDArray[np.float64], theta_g: NDArray[np.float64]) -> NDArray[np.float64]:
-    """KL(Bern(theta_k) || Bern(theta_g)) in bits, elementwise; both count as in [1e-12, 1 - 1e-12]."""
-    k, g = _inner(theta_k), _inner(theta_g)
-    found: NDArray[np.float64] = k * np.log2(k / g) + (1.0 - k) * np.log2((1.0 - k) / (1.0 - g))
-    return found
-
-
-def pick(
-    draws: Draws,
-    theta_g: NDArray[np.float64],
-    theta_k: NDArray[np.float64],
-    chance: Key,
-    rest: float = 0.0,
-) -> NDArray[np.uint32]:
+def pick(draws: Draws, change: Change, chance: Key) -> NDArray[np.uint32]:
     """Choose a candidate for every block: (blocks,) uint32.
 
-    ``theta_g`` and ``theta_k`` are (d,) in [0, 1]; ``chance`` is the client's own. Among few candidates, those
-    chosen by weight move less than theta_k asks for; the log weights are therefore scaled until the expected log
-    weight is that of a sample of theta_k. The change so keeps its size at any number of blocks that can carry it,
-    and shrinks below. Positions where nothing changed cost nothing; the others ``size`` hashes each. Of these, the
-    ones that changed least and together hold a share ``rest`` of the divergence are left to chance: at 1e-3 that
-    is half the work and nothing of the change (measured on FedPM's theta of rounds 8 and 16).
+    Among few candidates, those chosen by weight move less than theta_k asks for; the log weights are therefore
+    scaled until the expected log weight is that of a sample of theta_k. The change so keeps its size at any number
+    of blocks that can carry it, and shrinks below. A position costs ``size`` hashes, or nothing if it is the same.
     """
-    scores, wanted = _scores(draws, theta_g, theta_k, rest)
-    scores *= np.float32(_scale(scores, wanted))
-    for c in range(draws.size):
-        scores[c] += _gumbel(chance, draws.blocks, c * draws.blocks)
-    chosen: NDArray[np.uint32] = np.argmax(scores, axis=0).astype(np.uint32)
+    weighed, stage = weigh(draws, change), max(1, _SCORES // draws.size)
+    chosen, scale = np.empty(draws.blocks, np.uint32), 0.0
+    for first in range(0, draws.blocks, stage):
+        stop = min(first + stage, draws.blocks)
+        scores = _scores(draws, weighed, first, stop)
+        scale = scale or _scale(scores, weighed.wanted[first:stop])
+        scores *= np.float32(scale)
+        for c in range(draws.size):
+            scores[c] += _gumbel(chance, stop - first, c * draws.blocks + first)
+        chosen[first:stop] = np.argmax(scores, axis=0)
     return chosen
 
 
@@ -112,23 +99,20 @@ class Weighed:
     wanted: NDArray[np.float32]
 
 
-def weigh(draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float) -> Weighed:
-    """Find what changed, but for what changed least and has a share ``rest`` of the divergence (see `pick`)."""
-    k, g = _inner(theta_k), _inner(theta_g)
-    gain = np.log(k / g) - np.log((1.0 - k) / (1.0 - g))  # of a one over a zero
-    block = draws.block_of(theta_g.size)
-    moved = np.flatnonzero(gain)
-    if rest > 0.0:
-        moved = moved[_most(divergence(theta_k[moved], theta_g[moved]), rest)]
-    wanted = np.bincount(block[moved], (gain * k)[moved], minlength=draws.blocks).astype(np.float32)
-    moved = moved[np.argsort(block[moved], kind="stable")]
-    present, starts = np.unique(block[moved], return_index=True)
-    most = float(np.add.reduceat(np.abs(gain[moved]), starts).max()) if moved.size else 1.0
+def weigh(draws: Draws, change: Change) -> Weighed:
+    """Deal what changed to the blocks."""
+    block = draws.block_of(change.places)
+    wanted = np.bincount(block, change.gain * change.theta, minlength=draws.blocks).astype(np.float32)
+    sizes = np.bincount(block, minlength=draws.blocks)
+    order = np.argsort(block, kind="stable")
+    del block
+    present = np.flatnonzero(sizes)
+    starts = np.cumsum(sizes[present]) - sizes[present]
+    gain = change.gain[order]
+    most = float(np.add.reduceat(np.abs(gain), starts).max()) if order.size else 1.0
     unit = 2.0 ** (math.frexp(most)[1] - 29)
-    return Weighed(
-        moved.astype(np.uint32).view(np.int32), thresholds(theta_g[moved]),
-        np.rint(gain[moved] / unit).astype(np.int32), unit, present.astype(np.intp), starts, wanted,
-    )  # fmt: skip
+    weights = np.rint(gain * np.float32(1.0 / unit)).astype(np.int32)
+    return Weighed(change.places[order], change.cuts[order], weights, unit, present, starts, wanted)
 
 
 def tallies(draws: Draws, weighed: Weighed, first: int, stop: int) -> NDArray[np.int32]:
@@ -138,26 +122,22 @@ def tallies(draws: Draws, weighed: Weighed, first: int, stop: int) -> NDArray[np
     if low < high:
         a = weighed.starts[low]
         b = weighed.starts[high] if high < weighed.starts.size else weighed.places.size
-        count = _compiled() or _count
+        count = _counter((b - a) * draws.size)
         found[weighed.present[low:high] - first] = count(
             weighed.places[a:b], weighed.cuts[a:b], weighed.weights[a:b], weighed.starts[low:high] - a,
             *draws.candidates(),
-        ).T  # fmt: skip
+        )  # fmt: skip
     return found
 
 
-def _scores(
-    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Log weight of each candidate, (size, blocks), and its mean under theta_k, (blocks,), but for a constant."""
-    weighed = weigh(draws, theta_g, theta_k, rest)
-    nats = tallies(draws, weighed, 0, draws.blocks).T * np.float64(weighed.unit)
-    return nats.astype(np.float32), weighed.wanted
+def _scores(draws: Draws, weighed: Weighed, first: int, stop: int) -> NDArray[np.float32]:
+    """Log weight of each candidate, (size, stop - first), in nats, but for a constant of the block."""
+    return (tallies(draws, weighed, first, stop).T * np.float64(weighed.unit)).astype(np.float32)
 
 
-def _compiled() -> Callable[..., NDArray[np.int32]] | None:
-    if not available():
-        return None
+def _counter(hashes: int) -> Callable[..., NDArray[np.int32]]:
+    if not jit.pays(hashes // _WORDS):
+        return _count
     from .hashed import count
 
     return count
@@ -171,8 +151,8 @@ def _count(
     k0: int,
     keys: NDArray[np.int32],
 ) -> NDArray[np.int32]:
-    """Sum the weights of each candidate's ones in each block: (candidates, blocks), which begin at ``starts``."""
-    tally = np.empty((keys.size, starts.size), np.int32)
+    """Sum the weights of each candidate's ones in each block: (blocks, candidates), which begin at ``starts``."""
+    tally = np.empty((starts.size, keys.size), np.int32)
     stride = max(1, _CACHED * starts.size // places.size)
     for first in range(0, starts.size, stride):
         edge = starts[first + stride] if first + stride < starts.size else places.size
@@ -185,20 +165,13 @@ def _count(
             mix_(x, scratch)
             np.less(x, cut, out=value, casting="unsafe")
             value *= weight
-            tally[c, first : first + stride] = np.add.reduceat(value, at, dtype=np.int32)
+            tally[first : first + stride, c] = np.add.reduceat(value, at, dtype=np.int32)
     return tally
-
-
-def _most(shares: NDArray[np.float64], rest: float) -> NDArray[np.intp]:
-    """Where all but the smallest lie, which together are ``rest`` of the sum."""
-    order = np.argsort(shares)
-    upto = np.cumsum(shares[order])
-    return order[int(np.searchsorted(upto, rest * upto[-1], side="right")) :] if order.size else order
 
 
 def _scale(scores: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     """The factor with which a choice by weight has the expected log weight ``wanted``, on the whole; at most 64."""
-    rows, target = scores[:, :_JUDGED], float(wanted[:_JUDGED].sum(dtype=np.float64))
+    rows, target = scores, float(wanted.sum(dtype=np.float64))
     low, high = 0.0, 6.0  # log2
     for _ in range(16):
         middle = (low + high) / 2
@@ -230,16 +203,15 @@ def replay(draws: Draws, cuts: NDArray[np.int32], chosen: NDArray[np.uint32]) ->
     check_range(cuts.size, 0)
     k0, keys = draws.candidates()
     k1 = keys[chosen]
-    if available():
+    if jit.pays(cuts.size):
         from .hashed import redraw
 
         return redraw(cuts, derive(*draws.key, "block"), k0, k1)
-    block, d = draws.block_of(cuts.size), cuts.size
+    d = cuts.size
     out = np.empty(d, np.bool_)
     base, scratch = np.arange(min(d, CHUNK), dtype=np.int32), np.empty(min(d, CHUNK), np.int32)
     for a in range(0, d, CHUNK):
-        of = block[a : a + CHUNK]
-        x = base[: of.size] + np.uint32(a).view(np.int32)
-        hash_(x, scratch[: of.size], (k0, k1[of]))
+        x = base[: d - a] + np.uint32(a).view(np.int32)
+        hash_(x, scratch[: x.size], (k0, k1[draws.block_of(x)]))
         np.less(x, cuts[a : a + CHUNK], out=out[a : a + CHUNK])
     return out

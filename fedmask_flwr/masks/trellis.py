@@ -15,11 +15,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmask_flwr.jit import available, compiled
+from fedmask_flwr import jit
+from fedmask_flwr.jit import compiled
 
+from .change import Change
 from .sampled import Draws, tallies, weigh
 
-_STAGES = 4096  # blocks whose tallies are in memory at a time: 4 MB at 256 candidates
+_TALLIES = 1 << 20  # tallies that are in memory at a time
+_STATES = 16  # of one block, that count for a position where machine code may pay
 _NEVER = -(1 << 62)
 
 __all__ = ["path_candidates", "trace_path"]
@@ -33,29 +36,27 @@ def path_candidates(path: NDArray[np.uint32], size: int) -> NDArray[np.uint32]:
     return found
 
 
-def trace_path(
-    draws: Draws, theta_g: NDArray[np.float64], theta_k: NDArray[np.float64], rest: float = 0.0
-) -> NDArray[np.uint32]:
+def trace_path(draws: Draws, change: Change) -> NDArray[np.uint32]:
     """Find the path of largest log weight: a bit a block, (blocks,) uint32.
 
-    ``theta_g`` and ``theta_k`` are (d,) in [0, 1], ``draws.size`` is a power of 2; ``rest`` is `sampled.pick`'s.
-    The size of the change is that of theta_k where blocks are about b / (b - 1) times the divergence in bits; more
-    blocks exaggerate it. Log weights are added as whole numbers, so numpy and machine code find the same path.
+    ``draws.size`` is a power of 2, 2^b. The size of the change is that of theta_k where blocks are b / (b - 1)
+    times the divergence in bits or a little more; many more exaggerate it. Log weights are added as whole numbers,
+    so numpy and machine code find the same path.
     """
     if draws.size & (draws.size - 1):
         raise ValueError(f"a register has 2^b candidates, got {draws.size}")
-    weighed, states = weigh(draws, theta_g, theta_k, rest), max(1, draws.size >> 1)
+    weighed, states, stage = weigh(draws, change), max(1, draws.size >> 1), max(1, _TALLIES // draws.size)
     value = np.full(states, _NEVER, np.int64)
     value[0] = 0  # the register begins with zeros
     kept = np.empty((draws.blocks, states + 7 >> 3), np.uint8)
-    extend = _extend if available() else _extend_plainly
-    for first in range(0, draws.blocks, _STAGES):
-        rows = tallies(draws, weighed, first, min(first + _STAGES, draws.blocks))
+    fast = jit.pays(draws.blocks * states // _STATES)
+    for first in range(0, draws.blocks, stage):
+        rows = tallies(draws, weighed, first, min(first + stage, draws.blocks))
         oldest = np.empty((len(rows), states), np.bool_)
-        extend(rows, value, oldest)
+        (_extend if fast else _extend_plainly)(rows, value, oldest)
         kept[first : first + len(rows)] = np.packbits(oldest, axis=1, bitorder="little")
     path = np.empty(draws.blocks, np.uint32)
-    (_back if available() else _back_plainly)(kept, states, int(np.argmax(value)), path)
+    (_back if fast else _back_plainly)(kept, states, int(np.argmax(value)), path)
     return path
 
 

@@ -42,6 +42,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
+        allow_inf_nan=False,
         populate_by_name=True,
         alias_generator=lambda name: name.replace("_", "-"),  # Flower's run config is kebab-case
     )
@@ -124,6 +125,7 @@ class Method(ABC, Generic[S]):
     personal: bool = False  # True: every node is asked for its client number before it is told anything
     modes: ClassVar[tuple[Mode, ...]] = ("sampled", "threshold", "expected")  # (): only devices can evaluate
     codecs: Mapping[str, str] = {"bits": "auto", "counts": "counts", "dense": "float32"}
+    priced: ClassVar[bool] = False  # True: what `target_bpp` pays for is counted as codec "auto" codes it
     exact: ClassVar[bool] = False  # True: its bits must not be coded by a codec that may flip some
     packed: ClassVar[bool] = False  # True: what travels has the order of the structural masks, so all need the same
     adapt_epochs: ClassVar[int] = 0  # epochs a device trains on its own data before it evaluates

@@ -55,6 +55,7 @@ class DeltaMask(FollowedMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "deltamask"
+    priced: ClassVar[bool] = True
     Config: ClassVar[type[FollowedConfig]] = DeltaMaskConfig
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:

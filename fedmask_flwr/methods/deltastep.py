@@ -25,7 +25,7 @@ sums does not apply.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from threading import local
 from typing import Any, ClassVar, final
 
@@ -38,8 +38,8 @@ from torch.optim import Optimizer
 from fedmask_flwr.masks import MaskSpec, words
 from fedmask_flwr.wire import Bits, Payload, pack_bits, unpack_bits
 
-from .base import Memory, Turn
-from .beta import trained_theta
+from .base import Memory, Turn, Update
+from .beta import BetaState, trained_theta
 from .following import FollowedConfig
 from .rates import affordable
 from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
@@ -48,8 +48,9 @@ from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
 class DeltaStepConfig(SteppingConfig):
     """The step's settings, and a budget."""
 
-    step_min: float = Field(1.25, ge=1.0, description="the step of the last round, no more than `step`")
-    target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter that no round exceeds; 0: any")
+    target_bpp: float = Field(
+        0.0, ge=0.0, description="uplink bits a parameter that no round exceeds (codec auto); 0: any"
+    )
 
 
 @final
@@ -57,9 +58,11 @@ class DeltaStep(SteppingMethod):
     """See the module's card."""
 
     name: ClassVar[str] = "deltastep"
+    priced: ClassVar[bool] = True
     exact: ClassVar[bool] = True
     counted: ClassVar[tuple[str, ...]] = ("mask", "guess")
     first: ClassVar[float] = 4.0
+    last: ClassVar[float] = 1.25
     Config: ClassVar[type[FollowedConfig]] = DeltaStepConfig
 
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
@@ -92,6 +95,12 @@ class DeltaStep(SteppingMethod):
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
         """The mask, the one that it is counted against, and the step."""
         return self.stepped(Payload(bits={**reply.bits, "guess": self.guess(got, turn)}), turn)
+
+    def aggregate(self, state: BetaState, updates: Iterable[Update]) -> BetaState:
+        """As ever, and let go of the last guess."""
+        after = super().aggregate(state, updates)
+        self._last = local()
+        return after
 
     def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
         """The mean of the flips."""

@@ -27,11 +27,10 @@ Limits: the client hashes 2^b numbers for each weight that changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import ClassVar, final
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from fedmask_flwr.wire import Payload
 
@@ -44,9 +43,7 @@ from .stepping import LEVELS, SteppingConfig, SteppingMethod, Theta
 class DrawStepConfig(SteppingConfig, KlmsConfig):
     """The step's settings, and those of the code."""
 
-    index_bits: int = Field(10, ge=1, le=16, description="b, log2 of the number of candidates of a block")
-    margin: float = Field(1.0, ge=0.0, description="b/(b - margin) bits are sent for a bit of divergence")
-    code: Literal["blocks", "trellis"] = Field("trellis", description="blocks with numbers of their own, or a path")
+    coding: ClassVar[str] = "trellis"
 
 
 @final
@@ -55,6 +52,7 @@ class DrawStep(SteppingMethod, Sampling):
 
     name: ClassVar[str] = "drawstep"
     first: ClassVar[float] = 1.5
+    last: ClassVar[float] = 1.0
     Config: ClassVar[type[FollowedConfig]] = DrawStepConfig
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:

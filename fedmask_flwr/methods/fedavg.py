@@ -23,10 +23,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.masks import MaskSpec
-from fedmask_flwr.wire import Payload
+from fedmask_flwr.wire import Payload, WireError
 
 from .base import Memory, MethodConfig, Turn, Update
 from .dense import DenseMethod, DenseState, Vector
+
+LARGEST = float(np.finfo(np.float16).max)
 
 
 class AveragingConfig(MethodConfig):
@@ -45,6 +47,15 @@ class Averaging(DenseMethod):
     def __init__(self, spec: MaskSpec, model: nn.Module, config: Any = None, *, fraction: float = 1.0) -> None:
         super().__init__(spec, model, config, fraction=fraction)
         self.codecs = {**self.codecs, "dense": self.config.weights_codec}
+
+    def check(self, state: DenseState, update: Update) -> None:
+        """Refuse weights that the run's codec cannot hold, whatever codec they came in: the mean must travel."""
+        if self.config.weights_codec.startswith("float16"):
+            top = float(np.abs(update.payload.dense["weights"]).max(initial=0.0))
+            if top > LARGEST:
+                raise WireError(
+                    f"a weight of {top:g} is beyond {LARGEST:g}, the largest of {self.config.weights_codec}"
+                )
 
     def aggregate(self, state: DenseState, updates: Iterable[Update]) -> DenseState:
         """sum_k n_k w_k / sum_k n_k in float64."""

@@ -73,7 +73,7 @@ class FollowedMethod(BetaMethod, ABC):
         """Note the round, where devices follow."""
         if not self.personal:
             return state
-        return replace(state, trail=replace(state.trail, now=turn.round))
+        return replace(state, trail=state.trail.entered(turn.round, turn.rounds))
 
     def missed(self, state: BetaState, clients: Sequence[int]) -> BetaState:
         """Tell those everything next time: nobody knows what they hold."""
@@ -83,20 +83,24 @@ class FollowedMethod(BetaMethod, ABC):
         return replace(state, trail=trail)
 
     def understood(self, state: BetaState, client: int) -> Payload:
-        """The whole state, however it came."""
-        return self.broadcast(state)
+        """The whole state, however it came: the same payload for all."""
+        return self._saying(state)[None]
 
     def broadcast(self, state: BetaState, client: int | None = None) -> Payload:
         """Integer counts, or less to a device that follows; nothing at all before the first votes."""
         if not self.personal or client is None:
             return super().broadcast(state)
-        if self._said[0] is not state:  # devices that hold the same are told the same, which is coded once
-            self._said = state, {None: super().broadcast(state)}
-        said, base = self._said[1], state.trail.base(client)
+        said, base = self._saying(state), state.trail.base(client)
         if base not in said:
             less = None if base is None or state.total == 0 or state.flips > 0.0 else self._less(state, base)
             said[base] = said[None] if less is None else less
         return said[base]
+
+    def _saying(self, state: BetaState) -> dict[int | None, Payload]:
+        """What devices are told, by what they hold: those that hold the same are told the same, coded once."""
+        if self._said[0] is not state:
+            self._said = state, {None: super().broadcast(state)}
+        return self._said[1]
 
     def _less(self, state: BetaState, base: int) -> Payload | None:
         """What has come to the counts that round ``base`` began with, where that is less than the counts."""

@@ -24,19 +24,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC
+from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 from torch.optim import Optimizer
 
 from fedmask_flwr.masks import (
+    Change,
     Draws,
     MaskSpec,
     derive,
-    divergence,
     path_candidates,
     pick,
     replay,
@@ -45,22 +46,52 @@ from fedmask_flwr.masks import (
 )
 from fedmask_flwr.wire import Counts, Payload, SideInfo, WireError, pack_bits
 
-from .base import Fields, Memory, Turn
-from .beta import trained_theta
+from .base import Fields, Memory, Turn, Update
+from .beta import BetaState, trained_theta
 from .following import FollowedConfig, FollowedMethod
 from .rates import FRAME
 
 START = 3.0  # bits that a path pays for its start, whose register holds zeros
+PART = 1 << 16  # positions whose theta_k is float64 at a time
 REST = 1e-3  # share of the divergence that is left to chance: half the work, nothing of the change
 
 
 class KlmsConfig(FollowedConfig):
-    """FedPM's settings and the size of the code."""
+    """FedPM's settings and the size of the code; ``coding`` is the method's own."""
 
-    index_bits: int = Field(8, ge=1, le=16, description="b, log2 of the number of candidates of a block")
-    margin: float = Field(2.0, ge=0.0, description="bits of an index above its block's divergence")
-    code: Literal["blocks", "trellis"] = Field("blocks", description="blocks with numbers of their own, or a path")
+    coding: ClassVar[str] = "blocks"
+
+    index_bits: int = Field(0, ge=0, le=16, description="b, log2 of a block's candidates; 0: 8, with a trellis 10")
+    margin: float = Field(
+        -1.0, ge=-1.0, description="b / (b - margin) bits are sent for one of divergence; -1: 2, with a trellis 1"
+    )
+    code: Literal["own", "blocks", "trellis"] = Field(
+        "own", description="numbers of blocks, or a path through a trellis; own: klms's blocks, drawstep's trellis"
+    )
     target_bpp: float = Field(0.0, ge=0.0, description="uplink bits a parameter; 0: as many as needed")
+
+    @property
+    def trellis(self) -> bool:
+        """Whether a path is sent, not numbers."""
+        return (self.coding if self.code == "own" else self.code) == "trellis"
+
+    @property
+    def size(self) -> int:
+        """b, log2 of the number of candidates of a block."""
+        return self.index_bits or (10 if self.trellis else 8)
+
+    @property
+    def spare(self) -> float:
+        """Bits of b above a block's divergence."""
+        return self.margin if self.margin >= 0.0 else (1.0 if self.trellis else 2.0)
+
+    @model_validator(mode="after")
+    def _margin(self) -> KlmsConfig:
+        if self.margin == -1.0 and self.spare > self.size - 1:
+            raise ValueError(f"index_bits {self.index_bits} needs a margin of its own, 0 to {self.size - 1}")
+        if -1.0 < self.margin < 0.0 or self.spare > self.size - 1:
+            raise ValueError(f"margin {self.margin:g} does not fit index_bits {self.size}: 0 to {self.size - 1}")
+        return self
 
 
 class Sampling(FollowedMethod, ABC):
@@ -82,33 +113,41 @@ class Sampling(FollowedMethod, ABC):
 
     def finish(self, got: Payload, model: nn.Module, optimizer: Optimizer, turn: Turn, memory: Memory) -> Payload:
         """The candidates chosen for the trained theta."""
-        theta_g = self.theta(got)
-        theta_k = self.sampled(theta_g, trained_theta(optimizer), turn)
-        draws = self._draws(turn, self.blocks(float(divergence(theta_k, theta_g).sum())))
-        if self.config.code == "trellis":
-            return Payload(counts={"index": Counts(trace_path(draws, theta_g, theta_k, REST), 1)})
-        chosen = pick(draws, theta_g, theta_k, derive(turn.seed, "choose", turn.round, turn.client), REST)
+        change = Change.of(self.numel, self._parts(got, trained_theta(optimizer), turn), REST)
+        draws = self._draws(turn, self.blocks(change.bits))
+        if self.config.trellis:
+            return Payload(counts={"index": Counts(trace_path(draws, change), 1)})
+        chosen = pick(draws, change, derive(turn.seed, "choose", turn.round, turn.client))
         return Payload(counts={"index": Counts(chosen, draws.size - 1)})
+
+    def _parts(
+        self, got: Payload, theta_k: NDArray[np.float32], turn: Turn
+    ) -> Iterator[tuple[int, NDArray[np.float64], NDArray[np.float64]]]:
+        """First position, theta_g and what is sampled there, in parts that are short whatever d is."""
+        for first, theta_g in self._blocks(got, lambda theta: theta):
+            for a in range(0, theta_g.size, PART):
+                at, g = first + a, theta_g[a : a + PART]
+                yield at, g, self.sampled(g, theta_k[at : at + g.size], turn)
 
     def sampled(
         self, theta_g: NDArray[np.float64], theta_k: NDArray[np.floating[Any]], turn: Turn
     ) -> NDArray[np.float64]:
-        """(d,) the probabilities that a client samples: as trained."""
+        """(n,) the probabilities that a client samples, of some positions: as trained."""
         return theta_k.astype(np.float64)
 
     def blocks(self, bits: float) -> int:
         """Number of blocks for a divergence of so many bits."""
-        size, margin, each = int(self.config.index_bits), float(self.config.margin), self.each
+        size, margin, each = int(self.config.size), float(self.config.spare), self.each
         most = self.numel / each
         if self.config.target_bpp > 0.0:
             most = min(most, (self.config.target_bpp * self.numel - 8 * FRAME) / each)
-        start = min(START, bits) if self.config.code == "trellis" else 0.0
-        return max(1, math.floor(min(math.ceil((bits * size / max(size - margin, 0.5) + start) / each), most)))
+        start = min(START, bits) if self.config.trellis else 0.0
+        return max(1, math.floor(min(math.ceil((bits * size / (size - margin) + start) / each), most)))
 
     @property
     def each(self) -> int:
         """Bits that a block takes in a reply."""
-        return 1 if self.config.code == "trellis" else int(self.config.index_bits)
+        return 1 if self.config.trellis else int(self.config.size)
 
     def reconstruct(self, got: Payload, reply: Payload, turn: Turn) -> Payload:
         """The mask that the indices stand for."""
@@ -117,13 +156,19 @@ class Sampling(FollowedMethod, ABC):
             raise WireError(f"indices up to {index.top}, expected {self.each} bits each")
         draws = self._draws(turn, index.values.size)
         kept = self._cuts
-        if kept[0] is not got:  # all replies of a round are to the same broadcast
+        if kept[0] is not got:  # all replies of a round are to the same broadcast, and understood as one
             kept = self._cuts = got, self.of_theta(got, thresholds)
-        chosen = path_candidates(index.values, draws.size) if self.config.code == "trellis" else index.values
+        chosen = path_candidates(index.values, draws.size) if self.config.trellis else index.values
         return Payload(bits={"mask": pack_bits(replay(draws, kept[1], chosen))})
 
+    def aggregate(self, state: BetaState, updates: Iterable[Update]) -> BetaState:
+        """As ever, and let go of what the replies were read with."""
+        after = super().aggregate(state, updates)
+        self._cuts = None, np.empty(0, np.int32)
+        return after
+
     def _draws(self, turn: Turn, blocks: int) -> Draws:
-        return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.index_bits)
+        return Draws(derive(turn.seed, "candidates", turn.round, turn.client), blocks, 1 << self.config.size)
 
 
 @final

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedmask_flwr.wire import Frame, Payload, Received, WireError, read
+from fedmask_flwr.wire import BitCodec, Frame, Payload, Received, WireError, read
 
 from .base import Fields, Known, Memory, Method, Turn
 
@@ -43,13 +43,17 @@ def read_reply(
     shared: Memory,
     *,
     digest: bytes | None = None,
+    lossy: str = "",
 ) -> Received:
     """Decode a client's reply to ``got``; ``shared`` is what the server holds of its memory.
+
+    ``lossy`` is the run's codec, where it may flip bits.
 
     Raises
     ------
     WireError
-        When the frame is of another model or round, or is not one of the replies that the method allows.
+        When the frame is of another model or round, is not one of the replies that the method allows, or may have
+        flipped bits that the run's codec would not have.
     """
     nbytes = 0
     if isinstance(frame, bytes):
@@ -63,4 +67,12 @@ def read_reply(
     if not any(set(received.codecs) == set(form) for form in forms):
         wanted = " or ".join(", ".join(form) or "nothing" for form in forms)
         raise WireError(f"the reply holds {', '.join(received.codecs) or 'nothing'}, expected {wanted}")
+    for name, codec in received.codecs.items():
+        if isinstance(codec, BitCodec) and codec.flip_rate > 0.0 and plain(codec.name) != plain(lossy):
+            raise WireError(f"{name!r} came as {codec.name}, which may flip bits: the run's codec is another one")
     return received
+
+
+def plain(codec: str) -> str:
+    """A codec's name without its envelope."""
+    return codec.partition("+")[0]

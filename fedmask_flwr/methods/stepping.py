@@ -31,9 +31,9 @@ class SteppingConfig(FollowedConfig):
     reset: int = Field(0, ge=0, le=0, description="there is no window")
     estimator: Literal["mode"] = "mode"
     step: float = Field(0.0, ge=0.0, description="in round 1; 1/step of the change is sampled. 0: the method's own")
-    step_min: float = Field(1.0, ge=1.0, description="the step of the last round, no more than `step`")
+    step_min: float = Field(0.0, ge=0.0, description="the last round's, no more than `step`; 0: the method's own")
 
-    @field_validator("step")
+    @field_validator("step", "step_min")
     @classmethod
     def _step(cls, step: float) -> float:
         if 0.0 < step < 1.0:
@@ -49,6 +49,7 @@ class SteppingMethod(FollowedMethod, ABC):
 
     Config: ClassVar[type[FollowedConfig]] = SteppingConfig
     first: ClassVar[float]  # the step of round 1, unless it is set
+    last: ClassVar[float]  # that of the last round
 
     @abstractmethod
     def change(self, start: Theta, votes: Mapping[str, npt.NDArray[np.uint32]], masks: int) -> Theta:
@@ -57,7 +58,8 @@ class SteppingMethod(FollowedMethod, ABC):
     def step(self, turn: Turn) -> float:
         """From ``step`` to ``step_min`` on a cosine, in 64ths: machines differ in a cosine's last bit."""
         first = float(self.config.step) or self.first
-        return round(64.0 * cosine(first, min(first, self.config.step_min), turn)) / 64.0
+        last = float(self.config.step_min) or self.last
+        return round(64.0 * cosine(first, min(first, last), turn)) / 64.0
 
     def sampled(self, theta_g: Theta, theta_k: npt.NDArray[np.floating[Any]], turn: Turn) -> Theta:
         """(d,) the probabilities that a client samples."""

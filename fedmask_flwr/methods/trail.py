@@ -17,12 +17,13 @@ codec, varint elements, varint length, body.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from fedmask_flwr.wire import Field, WireError, get_varint, put_varint
+from fedmask_flwr.wire.counts import occurrences
 from fedmask_flwr.wire.grouped import joined
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
 
 _MOST = 1 << 40  # above any length or number that a relay may name
 _LEVELS = 64
+_BLOCK = 1 << 20  # positions that are there as 64-bit numbers at a time
 REPLAYS = 100
 """Replies that a device may have to decode to follow: some 30 ns a parameter each on a fast core, while the counts
 instead are a third of a byte a parameter. A hundred take as long as those on a link of 1 Mbit/s."""
@@ -52,6 +54,8 @@ class Trail:
     ----------
     now
         The round that is on, or was last.
+    rounds
+        How many there are in all: a replay must know it, as a step may depend on it.
     last
         The last round that brought votes; 0: none.
     before, before_total
@@ -67,6 +71,7 @@ class Trail:
     """
 
     now: int = 0
+    rounds: int = 0
     last: int = 0
     before: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))
     before_total: int = 0
@@ -90,6 +95,12 @@ class Trail:
         rows = np.array([(client, self.now) for client in clients], np.uint64).reshape(-1, 2)
         found: npt.NDArray[np.uint64] = np.concatenate([self.without(clients), rows])
         return found[np.argsort(found[:, 0], kind="stable")]
+
+    def entered(self, round_: int, rounds: int) -> Trail:
+        """The trail at a round's beginning. Of a run that goes on for longer than it said, nothing is replayed."""
+        if self.rounds in (0, rounds):
+            return replace(self, now=round_, rounds=rounds)
+        return replace(self, now=round_, rounds=rounds, relay=np.zeros(0, np.uint8), oldest=round_)
 
     def since(self, base: int) -> bytes | None:
         """Relayed rounds from ``base`` on; None when they are no longer all kept."""
@@ -130,21 +141,25 @@ def read_rounds(raw: bytes, names: Sequence[str]) -> Iterator[Relayed]:
     Raises
     ------
     WireError
-        Anything that does not add up.
+        Anything that does not add up, and more than `REPLAYS` replies: no server asks for so much work.
     """
-    at = 0
+    at, left = 0, REPLAYS
     while at < len(raw):
         length, at = get_varint(raw, at, len(raw) - at)
         if length > len(raw) - at:
             raise WireError("a relayed round is truncated")
-        yield _read_round(memoryview(raw)[at : at + length], names)
+        found = _read_round(memoryview(raw)[at : at + length], names, left)
+        left -= len(found.replies)
+        yield found
         at += length
 
 
-def _read_round(raw: memoryview, names: Sequence[str]) -> Relayed:
+def _read_round(raw: memoryview, names: Sequence[str], most: int) -> Relayed:
     round_, at = get_varint(raw, 0, 2**32 - 1)
     anew, at = get_varint(raw, at, 1)
     count, at = get_varint(raw, at, len(raw))
+    if not 1 <= count <= most:
+        raise WireError(f"a relayed round of {count} replies: expected 1 to {most} ({REPLAYS} in all)")
     replies = []
     for _ in range(count):
         client, at = get_varint(raw, at, 2**64 - 1)
@@ -187,20 +202,24 @@ def shortened(raw: bytes, most: float, replies: int = REPLAYS) -> tuple[bytes, i
 
 def levels(ones: npt.NDArray[np.uint32], total: int) -> npt.NDArray[np.uint8]:
     """Class of each count by its share of the votes, (d,) uint8, below 64: what the next votes depend on."""
-    found: npt.NDArray[np.uint8] = (ones.astype(np.uint64) * (_LEVELS - 1) // max(total, 1)).astype(np.uint8)
+    found = np.empty(ones.size, np.uint8)
+    for a in range(0, ones.size, _BLOCK):
+        found[a : a + _BLOCK] = ones[a : a + _BLOCK].astype(np.uint64) * (_LEVELS - 1) // max(total, 1)
     return found
 
 
 def counts_bytes(ones: npt.NDArray[np.uint32]) -> float:
     """Bytes that counts are expected to take."""
-    return _entropy(np.bincount(ones)) / 8 + 64
+    return _entropy(occurrences(ones, 0, int(ones.max(initial=0)) + 1)) / 8 + 64
 
 
 def given_bytes(votes: npt.NDArray[np.uint32], before: npt.NDArray[np.uint8]) -> float:
     """Bytes that votes are expected to take, given the class of each, as ``counts-by-class`` codes them."""
-    top, group = int(votes.max(initial=0)) + 1, joined(np.bincount(before, minlength=_LEVELS))
-    table = np.bincount(group[before] * top + votes, minlength=top).reshape(-1, top)
-    return sum(_entropy(row) for row in table) / 8 + 1.5 * np.count_nonzero(table) + 64
+    top, group = int(votes.max(initial=0)) + 1, joined(occurrences(before, 0, _LEVELS))
+    table = np.zeros((int(group.max()) + 1) * top, np.int64)
+    for a in range(0, votes.size, _BLOCK):
+        table += np.bincount(group[before[a : a + _BLOCK]] * top + votes[a : a + _BLOCK], minlength=table.size)
+    return sum(_entropy(row) for row in table.reshape(-1, top)) / 8 + 1.5 * np.count_nonzero(table) + 64
 
 
 def _entropy(histogram: npt.NDArray[np.int64]) -> float:

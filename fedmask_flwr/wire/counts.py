@@ -90,7 +90,7 @@ def _bits(histogram: NDArray[np.int64], tables: Tables) -> float:
     return float((histogram[live] * (16 - np.log2(tables.reshape(histogram.shape)[live]))).sum())
 
 
-def _histogram(values: NDArray[np.uint32], shift: int, size: int) -> NDArray[np.int64]:
+def occurrences(values: NDArray[np.unsignedinteger], shift: int, size: int) -> NDArray[np.int64]:
     """How often each of 0..size-1 is a value, less its lowest ``shift`` bits."""
     found = np.zeros(size, np.int64)
     for start in range(0, values.size, _BLOCK):
@@ -117,7 +117,7 @@ def _per_layer(sizes: tuple[int, ...], numel: int) -> bool:
 def _plan(values: NDArray[np.uint32], top: int, sizes: tuple[int, ...]) -> tuple[int, int, Tables]:
     """Mode, number of low planes and tables with the fewest bits, from histograms alone."""
     least = max(0, top.bit_length() - _MAX_ALPHABET.bit_length() + 1)
-    histogram = _histogram(values, least, (top >> least) + 1)
+    histogram = occurrences(values, least, (top >> least) + 1)
     best, bits = (UNIFORM, top.bit_length(), _uniform(1)), float(values.size * top.bit_length())
     for s in range(least, top.bit_length()):
         folded = _fold(histogram, s - least)
@@ -129,7 +129,7 @@ def _plan(values: NDArray[np.uint32], top: int, sizes: tuple[int, ...]) -> tuple
     s = best[1]
     if _per_layer(sizes, values.size) and best[0] == HISTOGRAM:
         layers = np.split(values, np.cumsum(sizes)[:-1])
-        counted = np.stack([_histogram(v, s, (top >> s) + 1) for v in layers])
+        counted = np.stack([occurrences(v, s, (top >> s) + 1) for v in layers])
         tables = np.stack([_quantise(row) for row in counted])
         if values.size * s + _bits(counted, tables) + 8 * len(_write_table(tables.reshape(-1))) + 40 < bits:
             best = (LAYERS, s, tables)

@@ -137,4 +137,6 @@ def _from_zstd(data: Body, cap: int) -> bytes:
         raise WireError(f"the zstd frame cannot be read: {e}") from e
     if len(body) != size:
         raise WireError("the zstd frame is not of the size it claims")
+    if not size and bytes(data) != wrap(b"", ZSTD):  # what follows an empty frame is not looked at
+        raise WireError("the zstd frame is empty, and more follows")
     return body

@@ -27,11 +27,15 @@ class ClassCountsCodec(CountCodec):
 
     def encode(self, counts: Counts, known: SideInfo) -> bytes:
         """Sort, then write."""
+        if known.classes is None:
+            return _PLAIN.encode(counts, known)
         order, sorted_ = _order(known)
         return _PLAIN.encode(Counts(counts.values[order], counts.top), sorted_)
 
     def decode(self, body: Body, known: SideInfo) -> Counts:
         """Read, then put back in place."""
+        if known.classes is None:
+            return _PLAIN.decode(body, known)
         order, sorted_ = _order(known)
         found = _PLAIN.decode(body, sorted_)
         values = np.empty_like(found.values)
@@ -56,8 +60,6 @@ def joined(sizes: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def _order(known: SideInfo) -> tuple[NDArray[np.intp], SideInfo]:
-    if known.classes is None:
-        return np.arange(known.numel), known
     classes = known.checked_classes()
     sizes = np.bincount(classes)
     layers = np.bincount(joined(sizes), sizes).astype(np.int64)

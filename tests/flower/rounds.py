@@ -40,6 +40,15 @@ def run(out, clients=3, tamper=None, first_node=100, stop_after=None, deaf=False
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()], grid
 
 
+def served(out, grid, clients, **changes):
+    """Serve a run to the nodes of ``grid``, which get its run config, and return its metrics lines."""
+    config = tiny.run_config(**{"out": str(out), "memory_dir": str(out / "memory"), "clients": clients, **changes})
+    for context in grid.contexts.values():
+        context.run_config = dict(config)
+    serve(grid, Context(1, 1, {}, RecordDict(), config))
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing in the package may catch it."""
 

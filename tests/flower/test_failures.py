@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 from cases import CASES
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
-from rounds import frame_of, run, without_clock
+from loopback import LoopbackGrid
+from rounds import frame_of, run, served, without_clock
 
+from client_app.main import app
 from fedmask_flwr import show, track
 from fedmask_flwr.checkpoint import CheckpointError
 from fedmask_flwr.checkpoint import write_atomic as atomic
 from fedmask_flwr.config import ConfigError
 from fedmask_flwr.flower.records import STYPE
 from fedmask_flwr.track import RunDirError
-from fedmask_flwr.wire import Frame
+from fedmask_flwr.wire import Frame, Payload, SideInfo, pack
 
 pytestmark = pytest.mark.flower
 
@@ -188,6 +190,118 @@ def test_two_nodes_with_one_number_are_both_dropped(tmp_path):
 
     lines, _ = run(tmp_path / "run", 3, tamper, num_server_rounds=1)
     assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (1, 2)
+
+
+def of_node(number, client, round_=1):
+    """The reply of one node, from some round on, says it is another client."""
+
+    def tamper(reply, message, context):
+        there = message.metadata.message_type == "train" and context.node_config["partition-id"] == number
+        if there and int(message.content["config"]["server-round"]) >= round_:
+            reply.content.metric_records["metrics"]["client"] = client
+        return reply
+
+    return tamper
+
+
+def test_a_node_that_says_it_is_another_one_does_not_silence_it(tmp_path, caplog):
+    """Who spoke for a client before goes on, and nobody becomes somebody else."""
+    lines, _ = run(tmp_path / "run", 3, of_node(2, 0, round_=2), num_server_rounds=3)
+    assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(3, 0), (2, 1), (2, 1)]
+    assert "it answers as client 0, but was client 2 before" in caplog.text
+    caplog.clear()
+
+    class Newcomer(LoopbackGrid):
+        """A fourth node, from round 2 on, that says it is the first client."""
+
+        def get_node_ids(self):
+            nodes = super().get_node_ids()
+            return nodes if self.messages else nodes[:3]
+
+    grid = Newcomer(app, 4, {}, of_node(3, 0))
+    lines = served(tmp_path / "newcomer", grid, 3, num_server_rounds=3)
+    assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(3, 0), (3, 1), (3, 1)]
+    assert "2 nodes say they are client 0: give each its own client-id" in caplog.text
+
+
+def test_a_device_that_was_started_again_goes_on_under_another_node(tmp_path):
+    """Its old node is still there, and silent."""
+
+    class Restarted(LoopbackGrid):
+        def get_node_ids(self):
+            nodes = super().get_node_ids()
+            return nodes if self.messages else nodes[:3]
+
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            return reply if int(message.content["config"]["server-round"]) == 1 else None
+        return of_node(3, 0)(reply, message, context)
+
+    lines = served(tmp_path / "run", Restarted(app, 4, {}, tamper), 3, num_server_rounds=3)
+    assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(3, 0), (3, 1), (3, 1)]
+
+
+def test_a_client_s_words_stay_one_line_of_a_log(tmp_path, caplog):
+    def tamper(reply, message, context):
+        match context.node_config["partition-id"]:
+            case 1:
+                return Message(Error(2, "boom\nWARNING node 7 failed " + "x\n" * 10**6), reply_to=message)
+            case 2:
+                reply.content.metric_records["metrics"]["num-examples"] = [1.0] * 10**5
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (1, 2)
+    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(told) == 2
+    assert all(len(text) < 300 and "\n" not in text for text in told)
+
+
+def test_a_weight_that_the_run_s_codec_cannot_hold_costs_its_client_alone(tmp_path, caplog):
+    """In float32 it can be read; the mean of all must travel in float16."""
+
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            frame = Frame.parse(frame_of(reply))
+            (field,) = frame.fields
+            weights = np.full(field.numel, 1e30, np.float32)
+            raw = pack(Payload(dense={"weights": weights}), digest=frame.digest, round_=frame.round_, known=None)
+            reply.content.array_records["arrays"]["frame"] = Array("uint8", (1,), STYPE, raw)
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method="fedavg", weights_codec="float16", num_server_rounds=2)
+    assert [(line["clients_ok"], line["clients_failed"]) for line in lines] == [(2, 1), (2, 1)]
+    assert "a weight of 1e+30 is beyond 65504" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["deltastep", "deltamask"])
+def test_a_reply_that_may_have_flipped_bits_is_refused_unless_the_run_says_so(method, tmp_path, caplog):
+    def tamper(reply, message, context):
+        if message.metadata.message_type == "train" and context.node_config["partition-id"] == 0:
+            frame = Frame.parse(frame_of(reply))
+            bits = {"mask": np.zeros((frame.fields[0].numel + 7) // 8, np.uint8)}
+            known = SideInfo((frame.fields[0].numel,))
+            raw = pack(
+                Payload(bits=bits), digest=frame.digest, round_=frame.round_, known=known, codecs={"bits": "fuse8"}
+            )
+            reply.content.array_records["arrays"]["frame"] = Array("uint8", (1,), STYPE, raw)
+        return reply
+
+    lines, _ = run(tmp_path / "run", 3, tamper, method=method, num_server_rounds=1)
+    assert (lines[0]["clients_ok"], lines[0]["clients_failed"]) == (2, 1)
+    assert "'mask' came as fuse8, which may flip bits" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["deltamask", "deltastep"])
+def test_a_budget_is_one_for_codec_auto(method, tmp_path):
+    with pytest.raises(ValueError, match=r"target-bpp of .* is a budget for codec auto: with rice no round"):
+        run(tmp_path / "run", 2, method=method, target_bpp=0.05, codec="rice")
+
+
+@pytest.mark.parametrize(("key", "value"), [("step", np.inf), ("margin", np.nan), ("alpha", np.inf)])
+def test_numbers_are_finite(key, value, tmp_path):
+    with pytest.raises(ConfigError, match="finite"):
+        run(tmp_path / "run", 2, method="drawstep", **{key: float(value)})
 
 
 def test_hostile_evaluations_are_counted_and_left_out(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import oracles_sampled as oracle
@@ -8,8 +9,9 @@ import pytest
 from drift import drifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import machine_code, needs_numba
 
-from fedmask_flwr.masks import Draws, derive, divergence, pick, replay, sampled, thresholds
+from fedmask_flwr.masks import Change, Draws, change, derive, divergence, pick, replay, sampled, thresholds
 from fedmask_flwr.masks.keyed import CHUNK
 
 
@@ -28,6 +30,16 @@ def cases(draw):
     return draws, theta_g, theta_k
 
 
+def scored(draws, theta_g, theta_k):
+    """Log weight of each candidate, (size, blocks), and the wanted one, (blocks,)."""
+    weighed = sampled.weigh(draws, Change.between(theta_g, theta_k))
+    return sampled._scores(draws, weighed, 0, draws.blocks), weighed.wanted
+
+
+def places(d):
+    return np.arange(d, dtype=np.int32)
+
+
 @settings(max_examples=60)
 @given(cases(), st.data())
 def test_replay_equals_the_oracle(case, data):
@@ -36,7 +48,7 @@ def test_replay_equals_the_oracle(case, data):
     got = replay(draws, thresholds(theta_g), np.array(chosen, np.uint32))
     assert got.dtype == np.bool_
     assert got.tolist() == oracle.replay(draws, theta_g.tolist(), chosen)
-    assert draws.block_of(theta_g.size).tolist() == [oracle.block(draws, i) for i in range(theta_g.size)]
+    assert draws.block_of(places(theta_g.size)).tolist() == [oracle.block(draws, i) for i in range(theta_g.size)]
 
 
 @settings(max_examples=60)
@@ -44,9 +56,9 @@ def test_replay_equals_the_oracle(case, data):
 def test_what_is_scored_is_what_is_replayed(case):
     """Every candidate's score is its log weight, but for a constant of the block; the wanted one is the KL."""
     draws, theta_g, theta_k = case
-    scores, wanted = sampled._scores(draws, theta_g, theta_k, 0.0)
+    scores, wanted = scored(draws, theta_g, theta_k)
     assert (scores.shape, scores.dtype) == ((draws.size, draws.blocks), np.float32)
-    block = draws.block_of(theta_g.size)
+    block = draws.block_of(places(theta_g.size))
     base = np.bincount(block, np.log((1 - theta_k) / (1 - theta_g)), minlength=draws.blocks)
     nats = np.bincount(block, divergence(theta_k, theta_g) * math.log(2), minlength=draws.blocks)
     np.testing.assert_allclose(wanted + base, nats, atol=1e-4)
@@ -63,9 +75,9 @@ def test_what_is_scored_is_what_is_replayed(case):
 def test_pick_equals_the_oracle(case):
     draws, theta_g, theta_k = case
     chance = derive("chance", *draws.key)
-    chosen = pick(draws, theta_g, theta_k, chance)
+    chosen = pick(draws, Change.between(theta_g, theta_k), chance)
     assert (chosen.shape, chosen.dtype) == ((draws.blocks,), np.uint32)
-    scores, wanted = sampled._scores(draws, theta_g, theta_k, 0.0)
+    scores, wanted = scored(draws, theta_g, theta_k)
     scale = sampled._scale(scores, wanted)
     for b in range(draws.blocks):
         race = [scale * float(scores[c, b]) + oracle.gumbel(chance, draws, c, b) for c in range(draws.size)]
@@ -76,7 +88,7 @@ def test_pick_equals_the_oracle(case):
 @given(cases())
 def test_the_scale_brings_the_expected_log_weight_to_that_of_theta_k(case):
     draws, theta_g, theta_k = case
-    scores, wanted = sampled._scores(draws, theta_g, theta_k, 0.0)
+    scores, wanted = scored(draws, theta_g, theta_k)
     scale = sampled._scale(scores, wanted)
     assert 1.0 <= scale <= 64.0
     rows = scores.astype(np.float64)
@@ -105,7 +117,9 @@ def test_the_mask_is_a_sample_of_theta_k():
     masks = []
     for k in range(devices):
         draws = Draws(derive("sample", k), 1700, 512)
-        masks.append(replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance", k))))
+        masks.append(
+            replay(draws, thresholds(theta_g), pick(draws, Change.between(theta_g, theta_k), derive("chance", k)))
+        )
     mean = np.mean(masks, axis=0)
     for g in np.unique(theta_g):
         for p in np.unique(theta_k):
@@ -121,7 +135,9 @@ def slope(theta_g, theta_k, blocks, size, repeats, rest=0.0):
     step, found = theta_k - theta_g, []
     for i in range(repeats):
         draws = Draws(derive("slope", i), blocks, size)
-        mask = replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance", i), rest))
+        mask = replay(
+            draws, thresholds(theta_g), pick(draws, Change.between(theta_g, theta_k, rest), derive("chance", i))
+        )
         found.append(float(((mask - theta_g) * step).sum() / (step * step).sum()))
     return float(np.mean(found))
 
@@ -143,7 +159,7 @@ def test_the_step_keeps_its_size():
 def test_where_nothing_moved_the_mask_is_a_sample_of_theta_g():
     d, draws = 200_000, Draws(derive("still"), 5000, 16)
     theta = np.random.default_rng(0).choice([0.01, 0.3, 0.9], d)
-    chosen = pick(draws, theta, theta, derive("chance"))
+    chosen = pick(draws, Change.between(theta, theta), derive("chance"))
     counts = np.bincount(chosen, minlength=16)
     assert ((counts - 312.5) ** 2 / 312.5).sum() < 45  # chi-square, 15 degrees of freedom, p = 1e-4
     mask = replay(draws, thresholds(theta), chosen)
@@ -166,7 +182,7 @@ def test_candidates_are_independent():
         bit = (np.floor((u + 0.5) * 2 ** (b + 1)) % 2) * 2 - 1
         off = np.abs((bit @ bit.T / math.sqrt(n))[~np.eye(draws.size, dtype=bool)])
         assert off.max() < 4.9
-    blocks = Draws(draws.key, 50, 1).block_of(n)
+    blocks = Draws(draws.key, 50, 1).block_of(places(n))
     assert ((np.bincount(blocks, minlength=50) - 400.0) ** 2 / 400).sum() < 100  # 49 degrees of freedom
 
 
@@ -175,7 +191,7 @@ def test_candidates_are_independent():
 )
 def test_small_cases(d, blocks, size):
     draws, theta_g = Draws(derive(d, blocks), blocks, size), np.full(d, 0.3)
-    chosen = pick(draws, theta_g, np.full(d, 0.6), derive("chance"))
+    chosen = pick(draws, Change.between(theta_g, np.full(d, 0.6)), derive("chance"))
     assert chosen.shape == (blocks,)
     assert (chosen < size).all()
     assert replay(draws, thresholds(theta_g), chosen).tolist() == oracle.replay(
@@ -188,7 +204,7 @@ def test_equal_inputs_give_equal_bits():
 
     def run(key="a", chance="b"):
         draws = Draws(derive(key), 150, 64)
-        chosen = pick(draws, theta_g, theta_k, derive(chance))
+        chosen = pick(draws, Change.between(theta_g, theta_k), derive(chance))
         return chosen.tolist(), replay(draws, thresholds(theta_g), chosen).tolist()
 
     assert run() == run()
@@ -206,14 +222,15 @@ def test_known_bits():
 def test_chunks_do_not_show(monkeypatch):
     theta_g, theta_k = drifted(5000, 300)
     draws, chance = Draws(derive("chunks"), 50, 16), derive("chance")
-    scores, _ = sampled._scores(draws, theta_g, theta_k, 0.0)
-    chosen = pick(draws, theta_g, theta_k, chance)
+    scores, _ = scored(draws, theta_g, theta_k)
+    chosen = pick(draws, Change.between(theta_g, theta_k), chance)
     mask = replay(draws, thresholds(theta_g), chosen)
-    for cached, chunk in ((1, 1000), (333, 4999), (2500, 5000)):
+    for cached, chunk, part in ((1, 1000, 999), (333, 4999, 1), (2500, 5000, 5000)):
         monkeypatch.setattr(sampled, "_CACHED", cached)
         monkeypatch.setattr(sampled, "CHUNK", chunk)
-        assert np.array_equal(sampled._scores(draws, theta_g, theta_k, 0.0)[0], scores)
-        assert np.array_equal(pick(draws, theta_g, theta_k, chance), chosen)
+        monkeypatch.setattr(change, "_PART", part)
+        assert np.array_equal(scored(draws, theta_g, theta_k)[0], scores)
+        assert np.array_equal(pick(draws, Change.between(theta_g, theta_k), chance), chosen)
         assert np.array_equal(replay(draws, thresholds(theta_g), chosen), mask)
 
 
@@ -221,7 +238,7 @@ def test_over_a_real_chunk():
     d, draws = CHUNK + 40, Draws(derive("long"), 11, 8)
     theta = np.random.default_rng(0).uniform(0.01, 0.99, d)
     chosen = (np.arange(11) % 8).astype(np.uint32)
-    mask, block = replay(draws, thresholds(theta), chosen), draws.block_of(d)
+    mask, block = replay(draws, thresholds(theta), chosen), draws.block_of(places(d))
     for i in (0, 1, CHUNK - 1, CHUNK, CHUNK + 1, d - 1):
         assert block[i] == oracle.block(draws, i)
         assert mask[i] == oracle.bit(draws, int(chosen[block[i]]), i, theta[i])
@@ -231,19 +248,22 @@ def test_over_a_real_chunk():
 @given(cases(), st.sampled_from((0.01, 0.3, 0.9)))
 def test_rest_leaves_the_smallest_changes_to_chance(case, rest):
     draws, theta_g, theta_k = case
-    chance, bits = derive("chance"), divergence(theta_k, theta_g)
-    kept = theta_k.copy()
-    spent, total = 0.0, float(np.sort(bits[theta_k != theta_g]).cumsum()[-1]) if (theta_k != theta_g).any() else 0.0
-    for i in np.argsort(bits):
-        if theta_k[i] != theta_g[i]:
-            spent += float(bits[i])
-            if abs(spent - rest * total) < 1e-9 * max(total, 1e-9):
-                return  # a tie that rounding decides
-            if spent <= rest * total:
-                kept[i] = theta_g[i]
-    assert pick(draws, theta_g, theta_k, chance, rest).tolist() == pick(draws, theta_g, kept, chance).tolist()
-    still = pick(draws, theta_g, theta_g, chance).tolist()
-    assert pick(draws, theta_g, theta_k, chance, 1.0).tolist() == still
+    chance, bits = derive("chance"), np.maximum(divergence(theta_k, theta_g), 0.0)
+    every, some = Change.between(theta_g, theta_k), Change.between(theta_g, theta_k, rest)
+    assert some.bits == every.bits == pytest.approx(float(bits.sum()))
+    here, left = set(some.places.tolist()), set(every.places.tolist()) - set(some.places.tolist())
+    assert here <= set(every.places.tolist())
+    lost, total = sum(bits[i] for i in left), sum(bits[i] for i in every.places)
+    assert lost <= rest * total * (1 + 1e-5)
+    if here:  # what is the least of them would have been too much, with all that are like it
+        least = min(bits[i] for i in here)
+        assert all(bits[i] <= least * (1 + 1e-5) for i in left)
+        alike = sum(bits[i] for i in here if bits[i] <= least * (1 + 1 / 63))
+        assert lost + alike >= rest * total * (1 - 1e-5)
+    kept = np.where(np.isin(np.arange(theta_g.size), some.places), theta_k, theta_g)
+    assert pick(draws, some, chance).tolist() == pick(draws, Change.between(theta_g, kept), chance).tolist()
+    still = pick(draws, Change.between(theta_g, theta_g), chance).tolist()
+    assert pick(draws, Change.between(theta_g, theta_k, 1.0), chance).tolist() == still
 
 
 def test_divergence_is_in_bits():
@@ -263,7 +283,7 @@ def test_theta_at_its_ends():
     theta_g, theta_k = np.repeat([0.0, 1.0, 0.5], 6), np.tile([0.0, 1.0, 0.3], 6)
     draws = Draws(derive("ends"), 4, 32)
     assert np.isfinite(divergence(theta_k, theta_g)).all()
-    mask = replay(draws, thresholds(theta_g), pick(draws, theta_g, theta_k, derive("chance")))
+    mask = replay(draws, thresholds(theta_g), pick(draws, Change.between(theta_g, theta_k), derive("chance")))
     assert mask[:12].tolist() == [False] * 6 + [True] * 6
 
 
@@ -295,15 +315,17 @@ def test_the_compiled_count_is_the_same(blocks, size, data):
     assert np.array_equal(plain, hashed.count(places, cuts, weights, starts, k0, keys))
 
 
-def test_pick_is_the_same_without_numba(monkeypatch):
+@needs_numba
+def test_pick_is_the_same_without_numba():
     rng = np.random.default_rng(0)
     theta_g = rng.random(3000)
     theta_k = np.clip(theta_g + rng.normal(0, 0.1, 3000), 0, 1)
-    draws, chance = Draws(derive("numba"), 7, 64), derive("chance")
-    compiled = pick(draws, theta_g, theta_k, chance, 1e-3)
-    monkeypatch.setenv("FEDMASK_JIT", "0")
-    assert sampled._compiled() is None
-    assert np.array_equal(compiled, pick(draws, theta_g, theta_k, chance, 1e-3))
+    draws, chance, found = Draws(derive("numba"), 7, 64), derive("chance"), []
+    for on in (True, False):
+        with machine_code(on):
+            assert (sampled._counter(1) is sampled._count) is not on
+            found.append(pick(draws, Change.between(theta_g, theta_k, 1e-3), chance))
+    assert np.array_equal(*found)
 
 
 @settings(max_examples=60)
@@ -311,7 +333,38 @@ def test_pick_is_the_same_without_numba(monkeypatch):
 def test_replay_is_the_same_without_numba(case, data):
     draws, theta_g, _ = case
     chosen = data.draw(st.lists(st.integers(0, draws.size - 1), min_size=draws.blocks, max_size=draws.blocks))
-    compiled = replay(draws, thresholds(theta_g), np.array(chosen, np.uint32))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMASK_JIT", "0")
-        assert np.array_equal(compiled, replay(draws, thresholds(theta_g), np.array(chosen, np.uint32)))
+    found = []
+    for on in (True, False):
+        with machine_code(on):
+            found.append(replay(draws, thresholds(theta_g), np.array(chosen, np.uint32)))
+    assert np.array_equal(*found)
+
+
+def test_other_portions_of_blocks_are_scored_alike(monkeypatch):
+    """But for the scale, which is found on the first."""
+    theta_g, theta_k = drifted(3000, 200)
+    draws, changed = Draws(derive("portions"), 40, 16), Change.between(theta_g, theta_k)
+    monkeypatch.setattr(sampled, "_scale", lambda scores, wanted: 2.0)
+    whole = pick(draws, changed, derive("chance"))
+    for scores in (1, 16 * 7, 1 << 20):
+        monkeypatch.setattr(sampled, "_SCORES", scores)
+        assert np.array_equal(pick(draws, changed, derive("chance")), whole)
+
+
+def test_a_change_takes_what_it_holds():
+    """Not theta as vectors of float64: 20 bytes a position that moved, and what sorting them by block takes."""
+    d = 400_000
+    theta_g, theta_k = drifted(d, 4000)
+    draws = Draws(derive("memory"), 700, 64)
+    pick(draws, Change.between(theta_g, theta_k), derive("chance"))
+    tracemalloc.start()
+    try:
+        changed = Change.between(theta_g, theta_k, 1e-3)
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.reset_peak()
+        sampled.weigh(draws, changed)
+        dealt = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert taken < 45 * d  # half of them moved; the arrays are as long as all positions
+    assert dealt < 60 * d

@@ -10,8 +10,10 @@ import pytest
 from drift import drifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ways import machine_code
 
 from fedmask_flwr.masks import (
+    Change,
     Draws,
     derive,
     divergence,
@@ -51,7 +53,7 @@ def test_a_register_names_the_candidates(bits, b):
 @given(cases(blocks=8))
 def test_no_path_has_a_larger_log_weight(case):
     draws, theta_g, theta_k = case
-    path = trace_path(draws, theta_g, theta_k)
+    path = trace_path(draws, Change.between(theta_g, theta_k))
     assert (path.shape, path.dtype, set(path.tolist()) <= {0, 1}) == ((draws.blocks,), np.uint32, True)
 
     def weight(bits):
@@ -65,14 +67,16 @@ def test_no_path_has_a_larger_log_weight(case):
 
 
 @settings(max_examples=60)
-@given(cases(blocks=60), st.integers(1, 20), st.sampled_from((0.0, 1e-3)))
-def test_the_same_path_without_numba_and_in_other_portions(case, stages, rest):
-    compiled = trace_path(*case, rest)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trellis, "_STAGES", stages)
-        assert np.array_equal(compiled, trace_path(*case, rest))
-        patch.setenv("FEDMASK_JIT", "0")
-        assert np.array_equal(compiled, trace_path(*case, rest))
+@given(cases(blocks=60), st.sampled_from((1, 40, 200)), st.sampled_from((0.0, 1e-3)))
+def test_the_same_path_without_numba_and_in_other_portions(case, tallies, rest):
+    draws, theta_g, theta_k = case
+    change, found = Change.between(theta_g, theta_k, rest), []
+    for on, portion in ((True, tallies), (False, tallies), (False, 1 << 20)):
+        with machine_code(on), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(trellis, "_TALLIES", portion)
+            found.append(trace_path(draws, change))
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
 
 
 def along(theta_g, theta_k, mask):
@@ -90,9 +94,11 @@ def test_the_change_keeps_its_size_and_more_of_it_than_blocks_carry(b, low, ahea
     found, separate = [], []
     for key in range(3):
         draws = Draws(derive("path", key), math.ceil(bits * b / (b - 1)), 1 << b)
-        found.append(along(theta_g, theta_k, masked(draws, theta_g, trace_path(draws, theta_g, theta_k))))
+        found.append(
+            along(theta_g, theta_k, masked(draws, theta_g, trace_path(draws, Change.between(theta_g, theta_k))))
+        )
         blocks = Draws(derive("path", key), draws.blocks // 8, 256)
-        chosen = pick(blocks, theta_g, theta_k, derive("chance", key))
+        chosen = pick(blocks, Change.between(theta_g, theta_k), derive("chance", key))
         separate.append(along(theta_g, theta_k, replay(blocks, thresholds(theta_g), chosen)))
     assert low <= np.mean(found) <= 1.02
     assert np.mean(found) > np.mean(separate) + ahead
@@ -108,7 +114,7 @@ def test_the_mask_is_a_sample_of_theta_k():
     masks = []
     for k in range(devices):
         draws = Draws(derive("sample", k), math.ceil(bits * 10 / 9), 1 << 10)
-        masks.append(masked(draws, theta_g, trace_path(draws, theta_g, theta_k)))
+        masks.append(masked(draws, theta_g, trace_path(draws, Change.between(theta_g, theta_k))))
     mean = np.mean(masks, axis=0)
     for g in np.unique(theta_g):
         for p in np.unique(theta_k[theta_g == g]):
@@ -124,7 +130,7 @@ def test_devices_are_independent():
     rest = []
     for k in range(2):
         draws = Draws(derive("apart", k), 600, 256)
-        mask = masked(draws, theta_g, trace_path(draws, theta_g, theta_k))
+        mask = masked(draws, theta_g, trace_path(draws, Change.between(theta_g, theta_k)))
         rest.append((mask - theta_k) / np.sqrt(theta_k * (1 - theta_k)))
     assert abs(float(rest[0] @ rest[1])) / math.sqrt(theta_g.size) < 4
 
@@ -132,7 +138,7 @@ def test_devices_are_independent():
 @pytest.mark.parametrize(("d", "blocks", "size"), [(0, 1, 2), (0, 7, 4), (1, 1, 2), (1, 9, 8), (3, 100, 2)])
 def test_small_cases(d, blocks, size):
     draws, theta_g = Draws(derive(d, blocks), blocks, size), np.full(d, 0.3)
-    path = trace_path(draws, theta_g, np.full(d, 0.6))
+    path = trace_path(draws, Change.between(theta_g, np.full(d, 0.6)))
     assert path.shape == (blocks,)
     assert masked(draws, theta_g, path).shape == (d,)
 
@@ -140,18 +146,18 @@ def test_small_cases(d, blocks, size):
 def test_theta_at_its_ends():
     theta_g, theta_k = np.repeat([0.0, 1.0, 0.5], 6), np.tile([0.0, 1.0, 0.3], 6)
     draws = Draws(derive("ends"), 4, 32)
-    mask = masked(draws, theta_g, trace_path(draws, theta_g, theta_k))
+    mask = masked(draws, theta_g, trace_path(draws, Change.between(theta_g, theta_k)))
     assert mask[:12].tolist() == [False] * 6 + [True] * 6
 
 
 def test_known_bits():
     theta_g = np.linspace(0.1, 0.9, 24)
     draws = Draws(derive(7, "golden"), 9, 16)
-    path = trace_path(draws, theta_g, theta_g[::-1].copy())
+    path = trace_path(draws, Change.between(theta_g, theta_g[::-1].copy()))
     assert path.tolist() == [0, 0, 1, 0, 1, 0, 0, 1, 0]
     assert np.packbits(masked(draws, theta_g, path)).tolist() == [113, 182, 107]
 
 
 def test_a_register_has_a_power_of_two():
     with pytest.raises(ValueError, match=r"2\^b candidates, got 6"):
-        trace_path(Draws(derive(0), 3, 6), np.full(9, 0.5), np.full(9, 0.6))
+        trace_path(Draws(derive(0), 3, 6), Change.between(np.full(9, 0.5), np.full(9, 0.6)))

@@ -67,7 +67,7 @@ def answer(method, state, got, payload, turn, memory, codec="auto"):
     known = method.known(got, turn, memory)
     frame = pack(payload, digest=DIGEST, round_=turn.round, known=known, codecs={**method.codecs, "bits": codec})
     told, shared = method.broadcast(state, turn.client), method.recall(state, turn.client)
-    received = read_reply(frame, method, told, turn, shared, digest=DIGEST)
+    received = read_reply(frame, method, told, turn, shared, digest=DIGEST, lossy=codec)
     found = update(turn.client, received.payload)
     method.check(state, found)
     return found

@@ -8,11 +8,13 @@ from functools import cache
 import numpy as np
 import pytest
 from federation import network
-from following_fleet import Fleet, kinds, same, some
+from following_fleet import ROUNDS, Fleet, kinds, same, some
 
 from fedmask_flwr.checkpoint import load_state, save_state
+from fedmask_flwr.masks import thresholds
 from fedmask_flwr.methods import Training, Turn
 from fedmask_flwr.methods.following import memory_of
+from fedmask_flwr.methods.klms import Klms
 from fedmask_flwr.methods.trail import REPLAYS
 from fedmask_flwr.wire import Counts, Frame, Payload, WireError
 
@@ -294,3 +296,45 @@ def test_an_unheard_round_changes_only_who_is_followed():
     assert [fleet.state.trail.base(k) for k in range(3)] == [None, None, 1]
     assert fleet.play([0, 1, 2]) == {}
     assert fleet.said[-3:] == ["ones", "ones", "relay"]
+
+
+@pytest.mark.parametrize("name", ["deltastep", "drawstep"])
+def test_a_run_that_goes_on_for_longer_is_not_replayed(name):
+    """The step of a round depends on how many there are, which nobody wrote down: votes are told, and followed."""
+    fleet, whole = Fleet(name, downlink="relay"), Fleet(name)
+    for _ in range(3):
+        assert fleet.play(range(5)) == whole.play(range(5)) == {}
+    assert "relay" in fleet.said
+    for one in (fleet, whole):
+        one.turn = lambda client, one=one: Turn(1, one.round, 2 * ROUNDS, client)
+    for number in range(4, 7):
+        fleet.said.clear()
+        assert fleet.play(range(5)) == whole.play(range(5)) == {}
+        assert equal(fleet, whole)
+        assert ("relay" in fleet.said) == (number > 4)
+
+
+@pytest.mark.parametrize(("name", "attribute"), [("klms", "_cuts"), ("deltastep", "_last")])
+def test_nothing_as_long_as_the_mask_is_held_between_rounds(name, attribute):
+    fleet = Fleet(name, downlink="relay" if name == "klms" else "whole")
+    fleet.play(range(5))
+    fleet.play(range(5))
+    held = getattr(fleet.server, attribute)
+    assert held[1].size == 0 if name == "klms" else not hasattr(held, "guess")
+
+
+@pytest.mark.parametrize("way", ["whole", "votes", "relay"])
+def test_thresholds_of_a_round_are_computed_once(way, monkeypatch):
+    """Whatever each device holds, what it understands is one and the same."""
+    fleet, of_theta, made = Fleet("klms", downlink=way), Klms.of_theta, []
+
+    def counted(self, got, function):
+        if self is fleet.server and function is thresholds:
+            made.append(got)
+        return of_theta(self, got, function)
+
+    monkeypatch.setattr(Klms, "of_theta", counted)
+    for number in range(1, 4):
+        fleet.play(range(5))
+        # A relay is decoded by devices alone; the first of each round's replies pays.
+        assert len(made) == number

@@ -34,8 +34,8 @@ def trained(klms, n=10, got=None):
 
 def test_defaults_are_the_card_s():
     config = KlmsConfig()
-    assert (config.index_bits, config.margin, config.target_bpp, config.downlink) == (8, 2.0, 0.0, "whole")
-    assert config.code == "blocks"
+    assert (config.size, config.spare, config.target_bpp, config.downlink) == (8, 2.0, 0.0, "whole")
+    assert not config.trellis
     assert not method().personal
     assert method().up(Payload(), {}) == ({"index": ("counts", range(1, D + 1))},)
     assert method().known(Payload(), Turn(1, 1, 1, 0), {}) is None

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmask_flwr.methods.trail import (
+    REPLAYS,
     Relayed,
     Trail,
     counts_bytes,
@@ -32,7 +33,7 @@ ROUNDS = st.builds(
     Relayed,
     st.integers(0, 2**32 - 1),
     st.booleans(),
-    st.lists(st.tuples(CLIENTS, st.lists(FIELDS, max_size=3).map(tuple)), max_size=4).map(tuple),
+    st.lists(st.tuples(CLIENTS, st.lists(FIELDS, max_size=3).map(tuple)), min_size=1, max_size=4).map(tuple),
 )
 
 
@@ -40,6 +41,18 @@ ROUNDS = st.builds(
 def test_rounds_survive_the_way(rounds):
     raw = b"".join(write_round(found, NAMES) for found in rounds)
     assert list(read_rounds(raw, NAMES)) == rounds
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 101])
+def test_no_server_has_a_device_replay_more_than_it_keeps(rounds):
+    """However small the replies are; those before are replayed, and the rest not even read."""
+    each = tuple((client, ()) for client in range(-(-REPLAYS // rounds)))
+    raw = b"".join(write_round(Relayed(n, False, each), NAMES) for n in range(rounds + 1))
+    seen, found = [], read_rounds(raw, NAMES)
+    with pytest.raises(WireError, match=r"expected 1 to \d+ \(100 in all\)"):
+        while True:
+            seen.append(next(found))
+    assert REPLAYS // 2 <= sum(len(relayed.replies) for relayed in seen) <= REPLAYS
 
 
 def drained(raw):
@@ -78,7 +91,8 @@ HEAD = b"\x03\x00\x01"  # round 3, which does not begin anew, of one reply
         (HEAD + b"\x09\x01\x02\x01\x08\x03ab", "reply is truncated"),
         (HEAD, "truncated within an integer"),
         (b"\x03\x02\x00", "above its limit"),  # neither anew nor not
-        (b"\x03\x00\x00\x00", "longer than its replies"),
+        (HEAD + b"\x09\x00\x00", "longer than its replies"),
+        (b"\x03\x00\x00", "relayed round of 0 replies"),
     ],
 )
 def test_a_round_that_does_not_add_up_is_refused(body, message):
