@@ -20,8 +20,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be read or does not fit; the message names the fix."""
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, mode: int = 0o666) -> None:
     """Replace ``path`` by ``data``: after a crash or a full disk it holds the old bytes or the new, never a mix.
+
+    ``mode`` is the file's, less what the process's umask takes away.
 
     Raises
     ------
@@ -30,7 +32,8 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed, perhaps with another mode
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

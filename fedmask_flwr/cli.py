@@ -194,10 +194,10 @@ def report(
     from fedmask_flwr.simulation import comparing, launch
     from fedmask_flwr.track import CONFIG
 
-    single = (folder / CONFIG).exists() and not (folder / results.INDEX).exists()
     try:
+        single = (folder / CONFIG).exists() and not (folder / results.INDEX).exists()
         (tasks.show if single else comparing.show)(folder, Console())
-    except (tasks.ReportError, launch.RunError) as error:
+    except (tasks.ReportError, launch.RunError, OSError) as error:
         stop(str(error), FAILED)
 
 

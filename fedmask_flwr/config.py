@@ -29,8 +29,8 @@ class RunConfig(BaseModel):
     method: str = Field("deltamask", description="a built-in method, or 'package.module:Class'")
     data: str = Field(
         "digits",
-        description="digits, mnist, fashion-mnist, cifar10, npz (a folder of train.npz and test.npz), or "
-        "'package.module:function'",
+        description="digits, mnist, fashion-mnist, cifar10, npz (a folder of train.npz and test.npz), debd/NAME "
+        "or 'package.module:function'",
     )
     data_dir: str = Field("", description="folder of the data set")
     scenario: str = Field(
@@ -147,7 +147,7 @@ def scalar(key: str, text: str, default: str | int | float | bool | None) -> str
         When it is a list, a table or a date.
     """
     try:
-        value = tomllib.loads(f"v = {text}")["v"]
+        value = tomllib.loads(f"v = {{ v = {text} }}")["v"]["v"]  # where neither a comment nor a second line may be
     except (ValueError, RecursionError):
         value = text  # a bare word
     if isinstance(default, str) and not isinstance(value, str):
@@ -164,6 +164,23 @@ def method_keys() -> dict[str, set[str]]:
     from .methods import BUILTIN, resolve
 
     return {name: _keys(resolve(name).Config) for name in BUILTIN}
+
+
+def relevant(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a run config that say what it computes: not those of other built-in methods.
+
+    A key that is missing, as another version did not have it, is as declared now.
+    """
+    from .methods import resolve
+
+    try:
+        method = resolve(str(flat.get("method", "deltamask")))
+    except ValueError:
+        return dict(flat)
+    fields = (*RunConfig.model_fields.values(), *method.Config.model_fields.values())
+    declared = {field.alias: field.default for field in fields if field.alias}
+    others = set().union(*method_keys().values()) - set(declared)
+    return {**declared, **{key: value for key, value in flat.items() if key not in others}}
 
 
 def load_config(flat: Mapping[str, Any], given: Collection[str] = ()) -> tuple[RunConfig, dict[str, Any]]:

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedmask_flwr.show import human_bytes
+from fedmask_flwr.show import human_bytes, printable
 from fedmask_flwr.wire import Field, Frame, WireError, codec_names, popcount, unpack
 from fedmask_flwr.wire import codec as codec_by_name
 from fedmask_flwr.wire.frame import VERSION
@@ -39,7 +39,7 @@ def describe(raw: bytes) -> RenderableType:
         **{f"meta {key}": _short(value) for key, value in sorted(frame.meta.items())},
     }
     for name, value in rows.items():
-        head.add_row(Text(name), Text(value))
+        head.add_row(Text(printable(name)), Text(printable(value)))
     table = Table(box=None, pad_edge=False)
     for name in ("field", "codec", "numel", "bytes", "bits/param", "density"):
         table.add_column(name, justify="left" if name in ("field", "codec") else "right", no_wrap=True)
@@ -47,7 +47,7 @@ def describe(raw: bytes) -> RenderableType:
         name, kind = _codec(field.codec)
         bpp = f"{8 * len(field.body) / field.numel:.4f}" if field.numel else "-"
         density = _density(frame, field) if kind == "bits" else "-"
-        table.add_row(Text(field.name), name, str(field.numel), str(len(field.body)), bpp, density)
+        table.add_row(Text(printable(field.name)), name, str(field.numel), str(len(field.body)), bpp, density)
     return Group(head, Text(), table)
 
 

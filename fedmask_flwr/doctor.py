@@ -60,7 +60,12 @@ def asking(
         raise UsageError(f"--superlink: {error}") from error
     if run is not None and not run.is_dir():
         raise UsageError(f"--run: {run} is no folder")
-    return Asked(superlink or "", root_certificates, auth_key, memory_dir, run, tuple(sorted(told.items())))
+    asked = Asked(superlink or "", root_certificates, auth_key, memory_dir, run, tuple(sorted(told.items())))
+    try:
+        asked.flat()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--run: {error}; name the folder of a run's --out") from error
+    return asked
 
 
 def diagnose(asked: Asked, console: Console, *, as_json: bool = False) -> int:
@@ -75,7 +80,7 @@ def diagnose(asked: Asked, console: Console, *, as_json: bool = False) -> int:
     count = Counter(finding.status for finding in found)
     if as_json:
         told = {"failed": count["fail"], "warned": count["warn"], "findings": [asdict(one) for one in found]}
-        console.print(json.dumps(told, indent=1), soft_wrap=True, markup=False, highlight=False)
+        console.print(json.dumps(told, indent=1), soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
         summary = f"{count['ok']} ok, {count['warn']} to look at, {count['fail']} failed, {count['skip']} skipped"
         console.print(Text(summary, style="bold red" if count["fail"] else "bold"), soft_wrap=True)

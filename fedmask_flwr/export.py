@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from .methods import Fields, Memory, Method, View
 from .methods.dense import float_entries, write_tensors
 from .methods.slimming import Slimming
 from .plan import Plan
-from .setting import network, settled, structure_id
+from .setting import importable, network, settled, structure_id
 from .setting import shape as shape_of
 from .show import human_bytes
 from .track import CONFIG, MASK, read_token
@@ -113,7 +111,7 @@ def read_run(
     ExportError
         With the fix in its message.
     """
-    with _importable():
+    with importable():
         config, settings = _config(run)
         raw = _frame(run)
         shape, num_classes = _shape(config, data_dir)
@@ -234,17 +232,6 @@ def _shape(config: RunConfig, data_dir: str | None) -> tuple[tuple[int, ...], in
             f"the data set {config.scenario or config.data!r} says what shape the network takes, and it cannot be "
             f"loaded: {error} (--data-dir gives its folder)"
         ) from error
-
-
-@contextmanager
-def _importable() -> Iterator[None]:
-    """Let 'package.module:function' name what lies in the working folder, as in a run."""
-    before = [*sys.path]
-    sys.path.append(str(Path.cwd()))
-    try:
-        yield
-    finally:
-        sys.path[:] = before
 
 
 def _result(raw: bytes, method: Method[Any]) -> Payload:

@@ -143,17 +143,18 @@ def unregister(
 def list_(superlink: Link, root_certificates: Roots = None, book: Book = None) -> None:
     """List the nodes that the SuperLink knows."""
     from rich.table import Table
+    from rich.text import Text
 
     from fedmask_flwr import keys
+    from fedmask_flwr.show import printable
 
     with _plainly():
         found = keys.nodes(keys.SuperLink(superlink, root_certificates), book or Path(keys.BOOK))
     table = Table("node", "name", "status", "since", "key", box=None)
     for one in found:
-        table.add_row(
-            one.node_id, one.entry.name if one.entry else "", one.status, one.since,
-            one.entry.fingerprint if one.entry else "",
-        )  # fmt: skip
+        entry = ("", "") if one.entry is None else (one.entry.name, one.entry.fingerprint)
+        cells = (str(one.node_id), entry[0], one.status, one.since, entry[1])
+        table.add_row(*(Text(printable(cell)) for cell in cells))  # a name is a comment of a site's file
     Console(soft_wrap=True).print(table)
 
 
@@ -208,15 +209,16 @@ def rotate_node(
 def show(files: Annotated[list[Path], typer.Argument(help="Keys and certificates.")]) -> None:
     """Print what a key or certificate is, its names, expiry, fingerprint, and what is wrong with it."""
     from fedmask_flwr import keys
+    from fedmask_flwr.show import printable
 
     with _plainly():
         for path in files:
             shown = keys.show(path)
-            typer.echo(f"{path}: {shown.what}")
+            typer.echo(f"{path}: {printable(shown.what)}")
             for fact, value in shown.facts:
-                typer.echo(f"  {fact}: {value}")
+                typer.echo(f"  {fact}: {printable(str(value))}")
             for warning in shown.warnings:
-                typer.secho(f"  warning: {warning}", fg=typer.colors.YELLOW)
+                typer.secho(f"  warning: {printable(warning)}", fg=typer.colors.YELLOW)
 
 
 def _deleted(files: Iterable[Path]) -> None:

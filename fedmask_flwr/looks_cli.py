@@ -43,7 +43,7 @@ def status(
 
     try:
         code = standing.report(folder, Console(), as_json=as_json, stall=stall)
-    except standing.NoRunError as error:
+    except (standing.NoRunError, OSError) as error:
         stop(str(error), USAGE)
     raise typer.Exit(code)
 

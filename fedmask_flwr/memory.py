@@ -93,9 +93,9 @@ class DeviceMemory:
             When the disk refuses; what was there before is untouched.
         """
         path = self._path(round_)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # what a device learned is nobody else's
         header = {"fedmask": json.dumps({"client": self.client, "round": round_, "run": self.run}, sort_keys=True)}
-        write_atomic(path, save({k: v.copy(order="C") for k, v in arrays.items()}, metadata=header))
+        write_atomic(path, save({k: v.copy(order="C") for k, v in arrays.items()}, metadata=header), 0o600)
         for torn in path.parent.glob(f"{self.client:d}.*.tmp"):  # of a process that was killed as it wrote
             torn.unlink(missing_ok=True)
         readable = [r for r in self._rounds() if self._is_readable(self._path(r))]

@@ -29,9 +29,17 @@ MODELS: dict[str, str] = {
 }
 
 
-def mlp(in_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (300, 100)) -> nn.Module:
-    """Fully connected ReLU network on the flattened input; LeNet-300-100 by default."""
-    widths = [prod(in_shape), *hidden]
+def mlp(in_shape: Sequence[int], num_classes: int, hidden: int | Sequence[int] = (300, 100)) -> nn.Module:
+    """Fully connected ReLU network on the flattened input; LeNet-300-100 by default.
+
+    Raises
+    ------
+    ValueError
+        A layer without inputs or outputs.
+    """
+    widths = [prod(in_shape), *([hidden] if isinstance(hidden, int) else hidden)]
+    if min(*widths, num_classes) < 1:
+        raise ValueError(f"an mlp of {widths} inputs and {num_classes} classes: each must be 1 or more")
     layers: list[nn.Module] = [nn.Flatten()]
     for a, b in pairwise(widths):
         layers += [nn.Linear(a, b), nn.ReLU()]

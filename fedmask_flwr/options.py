@@ -14,7 +14,7 @@ FAILED, USAGE = 1, 2
 def stop(message: str, code: int) -> NoReturn:
     """End the command with a message and an exit code."""
     Console(stderr=True).print(
-        message, style="red" if code else None, markup=False, highlight=False, soft_wrap=True
+        message, style="red" if code else None, markup=False, highlight=False, emoji=False, soft_wrap=True
     )
     raise typer.Exit(code)
 
@@ -23,12 +23,12 @@ def stop(message: str, code: int) -> NoReturn:
 Clients = Annotated[int, typer.Option(min=1, help="Simulated clients.")]
 Data = Annotated[
     str | None,
-    typer.Option(help="digits, mnist, fashion-mnist, cifar10, npz or 'package.module:function'."),
+    typer.Option(help="digits, mnist, fashion-mnist, cifar10, npz, debd/NAME or 'package.module:function'."),
 ]
 DataDir = Annotated[Path | None, typer.Option(help="Folder of the data set.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="mlp, lenet5, leaf, har, conv4, conv6, torchvision:NAME or 'package.module:builder'."),
+    typer.Option(help="mlp, lenet5, leaf, har, conv4, conv6, made, torchvision:NAME or 'package.module:builder'."),
 ]
 Rounds = Annotated[int | None, typer.Option(help="Rounds.")]
 LocalEpochs = Annotated[int | None, typer.Option(help="Epochs a client trains in a round.")]

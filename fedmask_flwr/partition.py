@@ -103,10 +103,19 @@ def _partition(
 
 
 def _by_group(group: NDArray[np.int64] | None, num_partitions: int) -> list[NDArray[np.int64]]:
-    names = np.unique(need_group(group, "training"))
-    if num_partitions > len(names):
-        raise DataError(f"{num_partitions} clients and {len(names)} groups; use {len(names)} clients or fewer")
-    return [frozen(np.flatnonzero(group == g)) for g in names[:num_partitions]]
+    rows = _groups(np.ascontiguousarray(need_group(group, "training"), np.int64).tobytes())
+    if num_partitions > len(rows):
+        raise DataError(f"{num_partitions} clients and {len(rows)} groups; use {len(rows)} clients or fewer")
+    return list(rows[:num_partitions])
+
+
+@lru_cache(maxsize=2)
+def _groups(raw: bytes) -> tuple[NDArray[np.int64], ...]:
+    """Rows of each group, the groups in ascending order."""
+    group = np.frombuffer(raw, np.int64)
+    order = np.argsort(group, kind="stable")
+    starts = np.unique(group[order], return_index=True)[1]
+    return tuple(frozen(rows) for rows in np.split(order, starts[1:]))
 
 
 def need_group(group: NDArray[np.int64] | None, split: str) -> NDArray[np.int64]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -12,7 +15,7 @@ from .config import ConfigError, RunConfig
 from .methods import resolve
 from .models import backbone
 
-__all__ = ["network", "scenario_of", "settled", "shape", "structure_id"]
+__all__ = ["importable", "network", "scenario_of", "settled", "shape", "structure_id"]
 
 
 def scenario_of(config: RunConfig) -> data.Scenario | None:
@@ -70,8 +73,7 @@ def shape(config: RunConfig, data_dir: str | None = None) -> tuple[tuple[int, ..
     where = config.data_dir if data_dir is None else data_dir
     if (found := scenario_of(config)) is not None:
         return data.shape_of(found, where)
-    test = data.load(config.data, "test", where)
-    return test.in_shape, test.num_classes
+    return data.form(config.data, "test", where)
 
 
 def network(config: RunConfig, in_shape: tuple[int, ...], num_classes: int, masks: int | None = None) -> nn.Module:
@@ -89,3 +91,14 @@ def network(config: RunConfig, in_shape: tuple[int, ...], num_classes: int, mask
 def structure_id(model: nn.Module) -> str:
     """Name of the structural masks of a network, such as ``MADE.mask_id``; "" where it has none."""
     return str(getattr(model, "mask_id", ""))
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Let 'package.module:function' name what lies in the working folder, as in a run."""
+    before = [*sys.path]
+    sys.path.append(str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path[:] = before

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["MODES", "RoundTable", "human_bytes", "plot_curve", "summary"]
+__all__ = ["MODES", "RoundTable", "human_bytes", "plot_curve", "printable", "summary"]
 
 MODES = ("sampled", "threshold", "expected")
 _WIDE = ("round", *MODES, "up/client", "down/client", "bpp up", "bpp down", "ok", "failed", "seconds")
@@ -28,6 +28,11 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def printable(text: str) -> str:
+    """Text of somebody else's for a terminal: what is not printable, such as an escape, as its code."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:

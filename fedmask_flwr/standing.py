@@ -88,7 +88,7 @@ def stand(folder: Path, *, stall: float | None = None, now: float | None = None,
         raise NoRunError(f"{folder / track.METRICS} cannot be read ({failure})") from failure
     rounds = int(config.get("num-server-rounds", 0))
     last = max((row["round"] for row in rows), default=0)
-    paces = [float(row["seconds"]) for row in rows[-RECENT:] if row.get("seconds") is not None]
+    paces = [pace for row in rows[-RECENT:] if (pace := _number(row.get("seconds"))) is not None]
     pace = median(paces[1:] or paces) if paces else None  # the first waits for nodes
     held = locks.held(folder / track.LOCK)
     age = _age(folder / (track.METRICS if rows else track.CONFIG), now)
@@ -110,7 +110,7 @@ def stand(folder: Path, *, stall: float | None = None, now: float | None = None,
         rounds_per_hour=round(3600 / pace, 2) if pace else None,
         left=max(0.0, round((rounds - last) * pace - age, 1)) if live and pace is not None else None,
         figures=_figures(rows),
-        bytes={way: sum(int(row.get(way) or 0) for row in rows) for way in _WAYS},
+        bytes={way: _sum(rows, way) for way in _WAYS},
         failures=_failures(rows),
         checkpoint_round=at,
         checkpoint_age=None if at is None else round(_age(folder / track.CHECKPOINT, now), 1),
@@ -152,7 +152,7 @@ def _config(folder: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text("utf-8"))
         numbers = ("num-server-rounds", "node-timeout", "round-timeout")
-        if not isinstance(found, dict) or not all(isinstance(found.get(k, 0), int | float) for k in numbers):
+        if not isinstance(found, dict) or any(_number(found.get(k, 0)) is None for k in numbers):
             raise TypeError("no table of settings")
     except FileNotFoundError as error:
         raise NoRunError(
@@ -203,11 +203,20 @@ def _figures(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def _failures(rows: Sequence[Mapping[str, Any]]) -> Failures:
     lost = [row for row in rows if row.get("clients_failed") or row.get("evaluations_failed")]
     return Failures(
-        sum(int(row.get("clients_failed") or 0) for row in rows),
-        sum(int(row.get("evaluations_failed") or 0) for row in rows),
+        _sum(rows, "clients_failed"),
+        _sum(rows, "evaluations_failed"),
         len(lost),
         max((row["round"] for row in lost), default=0),
     )
+
+
+def _number(value: object) -> float | None:
+    """A finite number, None for anything else that a damaged file may hold."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _sum(rows: Sequence[Mapping[str, Any]], key: str) -> int:
+    return int(sum(_number(row.get(key)) or 0.0 for row in rows))
 
 
 def comparison(folder: Path, *, stall: float | None = None, now: float | None = None) -> list[Status]:

@@ -38,7 +38,7 @@ def report(folder: Path, console: Console, *, as_json: bool = False, stall: floa
     runs = comparison(folder, stall=stall) if many else [stand(folder, stall=stall)]
     if as_json:
         told: Any = {"folder": str(folder), "runs": [asdict(run) for run in runs]} if many else asdict(runs[0])
-        console.print(json.dumps(told, indent=1), soft_wrap=True, markup=False, highlight=False)
+        console.print(json.dumps(told, indent=1), soft_wrap=True, markup=False, highlight=False, emoji=False)
     else:
         for line in map(_brief, runs) if many else _lines(runs[0]):
             console.print(line, soft_wrap=True)

@@ -134,8 +134,8 @@ def read_token(path: Path) -> str:
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Every whole line of a metrics file, or nothing when there is none."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [found for line in lines if line.endswith("\n") and (found := _parsed(line)) is not None]
+    lines = path.read_text("utf-8", "replace").split("\n")[:-1] if path.exists() else []
+    return [found for line in lines if (found := _parsed(line)) is not None]
 
 
 def _parsed(line: str) -> dict[str, Any] | None:
@@ -173,8 +173,11 @@ def where_not_what(config: Mapping[str, Any]) -> frozenset[str]:
 
 def same_run(path: Path, written: dict[str, Any], told: dict[str, Any]) -> None:
     """Raise ``RunDirError`` when two run configs compute different things, naming the keys."""
-    keys = sorted((set(written) | set(told)) - where_not_what(written) - where_not_what(told))
-    other = [f"{k}: {written.get(k)!r} then, {told.get(k)!r} now" for k in keys if written.get(k) != told.get(k)]
+    from .config import relevant  # a glance at a run pays for no pydantic
+
+    before, now = relevant(written), relevant(told)
+    keys = sorted((set(before) | set(now)) - where_not_what(written) - where_not_what(told))
+    other = [f"{k}: {before.get(k)!r} then, {now.get(k)!r} now" for k in keys if before.get(k) != now.get(k)]
     if other:
         raise RunDirError(
             f"{path} holds a run with other settings ({'; '.join(other)}): use another folder, or --overwrite"

@@ -23,10 +23,22 @@ Losses = Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 def device_of(name: str) -> torch.device:
-    """Resolve "auto" to CUDA where there is one."""
+    """Resolve "auto" to CUDA where there is one.
+
+    Raises
+    ------
+    RuntimeError
+        There is no such device here.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = str(error).splitlines()[0]
+        raise RuntimeError(
+            f"device is {name!r}: use auto, cpu, or cuda or cuda:N where there is one ({said})"
+        ) from error
 
 
 def train(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -15,7 +16,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedmask_flwr import __version__, show
+from fedmask_flwr import __version__, data, show
 from fedmask_flwr.checkpoint import save_state
 from fedmask_flwr.cli import app
 from fedmask_flwr.config import scalar
@@ -127,12 +128,16 @@ def test_values(text, default, value):
         (["--method", "fedpm", "-c", "kappa=1"], "unknown run-config key kappa"),
         (["--model", "no_such_module:net"], "cannot import no_such_module:net"),
         (["-c", "include=layers.*"], "pattern 'layers.*' matches no parameter"),
-        (["-c", "weights=file:none.pt#sha256=" + 64 * "0"], "no checkpoint at none.pt"),
+        (["-c", "weights=file:none.pt#sha256=" + 64 * "0"], "none.pt: copy the file with SHA-256"),
         (["--clients", "1"], "add -c min-nodes=1"),
         (["--clients", "1401"], "1401 clients cannot share 1400 training rows"),
         (["--data", "npz"], "--data-dir"),
         (["--data", "minst"], "digits, mnist"),
         (["--clients", "x"], "not a valid integer"),
+        (["-c", "device=gpu"], "device is 'gpu': use auto, cpu, or cuda"),
+        (["--model", "mlp(hidden=300,0)"], "an mlp of [64, 300, 0] inputs"),
+        (["--model", "made"], "0s and 1s"),
+        (["-c", "seed=1\nrounds=2"], "seed = '1"),
     ],
 )
 def test_wrong_options(tmp_path, calls, words, message):
@@ -141,6 +146,93 @@ def test_wrong_options(tmp_path, calls, words, message):
     assert message in said(done)
     assert not calls
     assert not (tmp_path / "a").exists()
+
+
+def npz(folder, name, y, shape=(4,), **more):
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{name}.npz", x=np.ones((len(y), *shape), np.float32), y=np.array(y), **more)
+
+
+def test_a_folder_of_npz_is_one_network(tmp_path, calls):
+    """Whichever split lacks the last class, server and devices build the same."""
+    for n, (train, test) in enumerate([([0, 1, 2, 3], [0, 1, 2]), ([0, 1, 2], [0, 3, 3]), ([0, 3, 1], [0, 1, 3])]):
+        folder = tmp_path / f"data{n}"
+        npz(folder, "train", train)
+        npz(folder, "test", test)
+        assert data.form("npz", "train", str(folder)) == data.form("npz", "test", str(folder)) == ((4,), 4)
+    npz(folder, "test", [0, 1], num_classes=6)
+    assert data.form("npz", "train", str(folder)) == ((4,), 6)
+    (folder / "test.npz").unlink()
+    assert data.form("npz", "train", str(folder)) == ((4,), 4)
+    npz(folder, "test", [0, 1, 2], (5,))
+    words = ("--data", "npz", "--data-dir", folder, "--clients", "2")
+    done = fedmask("run", "--out", tmp_path / "a", *words)
+    assert (done.exit_code, calls) == (2, [])
+    assert "examples of test.npz have shape (5,), those of" in said(done)
+    (folder / "train.npz").write_bytes(b"PK")
+    assert "train.npz is not an .npz file of plain arrays" in said(fedmask("run", "--out", tmp_path / "a", *words))
+
+
+def test_a_checkpoint_is_named_from_where_the_run_is_started(tmp_path, calls, monkeypatch):
+    from safetensors.torch import save_file
+
+    from fedmask_flwr.models import mlp
+
+    monkeypatch.chdir(tmp_path)
+    save_file(mlp((1, 8, 8), 10).state_dict(), "net.safetensors")
+    name = hashlib.sha256(Path("net.safetensors").read_bytes()).hexdigest()
+    done = fedmask("run", "--out", "a", "-c", f"weights=file:net.safetensors#sha256={name}")
+    assert done.exit_code == 0, done.output
+    assert calls[0][0]["weights"] == f"file:{tmp_path}/net.safetensors#sha256={name}"
+
+
+def test_the_installed_command_finds_a_module_in_the_working_folder(tmp_path):
+    """Its own folder is first on the path, not this one; it gets as far as the checks go."""
+    (tmp_path / "mine.py").write_text("from fedmask_flwr.models import mlp as build\n")
+    command = [str(sandbox.scripts() / "fedmask"), "run", "--model", "mine:build", "--clients", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 2
+    assert "add -c min-nodes=1" in done.stderr
+    wrong = subprocess.run([*command, "-c", "min-nodes=1", "--model", "mine:other"], capture_output=True, text=True,
+                           cwd=tmp_path, check=False)  # fmt: skip
+    assert "mine:other" in wrong.stderr
+    assert "No module" not in wrong.stderr
+
+
+def test_an_unfinished_run_of_another_version_is_resumed(tmp_path, calls):
+    """It lacks keys that came later, and other methods' keys are none of its business."""
+    unfinished(tmp_path / "a")
+    config = tmp_path / "a/config.json"
+    written = json.loads(config.read_text())
+    config.write_text(
+        json.dumps(
+            {k: v for k, v in written.items() if k not in ("mu", "server-threads", "kappa-min")} | {"tau": 0.3}
+        )
+    )
+    assert fedmask("run", "--out", tmp_path / "a").exit_code == 0
+    config.write_text(json.dumps(written | {"kappa": 0.3}))
+    (tmp_path / "a/mask.fedmask").unlink()
+    assert "kappa: 0.3 then, 0.8 now" in said(fedmask("run", "--out", tmp_path / "a"))
+
+
+def test_what_others_wrote_stays_text(tmp_path):
+    frame = Frame(b"12345678", 1, (Field("a\x1b[2J", 1, 8, b"\x01"),), {"\x1b]0;x\x07": "\x1b[31m"})
+    (tmp_path / "f").write_bytes(frame.to_bytes())
+    done = CliRunner().invoke(app, ["inspect", str(tmp_path / "f")], color=True)
+    assert "\x1b]" not in done.output
+    assert "\x1b[2J" not in done.output
+    assert "meta \\x1b]0;x\\x07" in done.output
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_a_folder_that_may_not_be_read(command, monkeypatch, tmp_path):
+    def refused(self, **_):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "exists", refused)
+    done = fedmask(command, tmp_path)
+    assert done.exit_code in (1, 2)
+    assert "Permission denied" in said(done)
 
 
 # run: the folder

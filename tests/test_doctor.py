@@ -157,5 +157,8 @@ def test_settings_come_from_the_run_then_from_the_options(tmp_path):
     asked = Asked(run=run, told=(("model", "mlp"),))
     assert asked.flat() == {"data": "tiny:blobs", "model": "mlp", "seed": 3}
     (run / "config.json").write_text("[]")
+    done = doctor("--run", str(run))
+    assert (done.exit_code, "no table of settings" in done.output) == (2, True)
+    assert "name the folder of a run" in doctor("--run", str(tmp_path)).output
     (finding,) = examine(asked, [CHECKS["data"]])
     told(finding, "fail", "no table of settings")

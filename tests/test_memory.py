@@ -219,9 +219,9 @@ def test_a_death_while_writing_leaves_the_old_memory(tmp_path, monkeypatch):
 
 def test_the_file_is_replaced_whole(tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(memory, "write_atomic", lambda path, data: seen.append((path.name, len(data))))
+    monkeypatch.setattr(memory, "write_atomic", lambda path, data, mode: seen.append((path.name, mode)))
     disk(tmp_path).keep(1, holds(1))
-    assert [name for name, _ in seen] == ["1.000001.safetensors"]
+    assert seen == [("1.000001.safetensors", 0o600)]
 
 
 def test_arrays_come_back_as_they_were(tmp_path):
@@ -297,3 +297,14 @@ def test_what_cannot_be_a_folder_is_an_error(tmp_path):
     (tmp_path / "taken").write_text("a file")
     with pytest.raises(OSError, match="taken"):
         disk(tmp_path / "taken").keep(1, holds(1))
+
+
+def test_what_a_device_learned_is_its_own(tmp_path):
+    """Whatever the umask: a personal mask is no other user's business."""
+    before = os.umask(0)
+    try:
+        disk(tmp_path).keep(1, holds(1))
+    finally:
+        os.umask(before)
+    file = tmp_path / "ab12/1.000001.safetensors"
+    assert (file.stat().st_mode & 0o777, file.parent.stat().st_mode & 0o777) == (0o600, 0o700)

@@ -84,6 +84,7 @@ def test_group_gives_each_client_one_owner():
     got = partition(labels, 3, "group", group=group, seed=1)
     assert [p.tolist() for p in got] == [[1, 4, 5], [0, 2], [3]]
     assert not got[0].flags.writeable
+    assert partition(labels, 3, "group", group=group, seed=1)[0] is got[0]  # once, not for every client
     first = partition(labels, 2, "group", group=group, seed=2)
     assert [p.tolist() for p in first] == [[1, 4, 5], [0, 2]]
 

@@ -188,9 +188,17 @@ def test_no_run(tmp_path):
         with pytest.raises(NoRunError, match="damaged"):
             stand(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n")
+    (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(NoRunError, match="cannot be read"):
         stand(tmp_path)
+
+
+def test_a_damaged_line_costs_itself(tmp_path):
+    make(tmp_path / "run", 4)
+    metrics = tmp_path / "run/metrics.jsonl"
+    lies = b'{"round": 3, "seconds": "x", "uplink_bytes": NaN, "clients_failed": [1]}\n'
+    metrics.write_bytes(b"\xff\n{\n" + lies + metrics.read_bytes() + b'{"round": 9')
+    assert stand(tmp_path / "run").round == 4
 
 
 # a comparison

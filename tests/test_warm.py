@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedmask_flwr.warm import node, shim
-from fedmask_flwr.warm.start import PREFIX, STALE, clean
+from fedmask_flwr.warm.start import PREFIX, STALE, _folder, clean
 
 TESTS = Path(__file__).parent
 # Stands for the SuperNode: forks the keeper, as `fedmask_flwr.warm.node` does.
@@ -217,6 +217,22 @@ def test_folders_that_nobody_listens_in_are_removed(short):
         clean(tmp_path)
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {f"{PREFIX}young", f"{PREFIX}used", "other"}
+
+
+def test_a_folder_whose_path_is_too_long_for_a_socket_is_passed_over(short, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(short / "run"))
+    deep = short / ("d" * 80)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    folder = _folder()
+    assert folder.parent == short / "run"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(shim.socket_of(str(folder), node.SUPEREXEC))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(deep))
+    monkeypatch.setenv("XDG_STATE_HOME", str(deep))
+    with pytest.raises(OSError, match="no folder with a short path"):
+        _folder()
+    assert list(deep.iterdir()) == []
 
 
 @pytest.mark.flower

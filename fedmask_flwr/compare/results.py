@@ -211,7 +211,10 @@ def _read_run(out: Path, entry: Mapping[str, Any]) -> Result:
         config, complete = {}, False
     except (ValueError, KeyError, TypeError, track.RunDirError) as error:
         raise CompareError(f"{folder / track.CONFIG} is damaged ({error}): delete {folder}") from error
-    rows = track.read_lines(folder / track.METRICS)
+    try:
+        rows = track.read_lines(folder / track.METRICS)
+    except OSError as error:
+        raise CompareError(f"{folder / track.METRICS} cannot be read ({error})") from error
     return Result(
         **{k: entry[k] for k in ("label", "method", "settings", "seed", "folder", "error")},
         complete=complete,

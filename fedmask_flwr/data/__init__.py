@@ -22,6 +22,7 @@ from .scenario import Cell as Cell
 from .scenario import Scenario as Scenario
 from .scenario import scenario as scenario
 from .sets import NAMES as NAMES
+from .sets import form as form
 from .sets import load as load
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "binary_splits",
     "cell_data",
     "epoch_batches",
+    "form",
     "keyed_rng",
     "load",
     "scenario",

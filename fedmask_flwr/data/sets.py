@@ -15,7 +15,7 @@ from . import binary
 from .dataset import DataError, Dataset, Split, checked, keyed_rng
 from .files import cache_dir, download, need, read_mnist
 
-__all__ = ["NAMES", "known", "load", "unknown"]
+__all__ = ["NAMES", "form", "known", "load", "unknown"]
 
 _DIGITS_TRAIN = 1400
 
@@ -48,6 +48,39 @@ def load(name: str, split: Split, data_dir: str = "") -> Dataset:
     if ":" in name:
         return _load_own(name, split, data_dir)
     raise DataError(unknown(name))
+
+
+def form(name: str, split: Split, data_dir: str = "") -> tuple[tuple[int, ...], int]:
+    """Shape of one example and number of classes, for a network that both ends build.
+
+    Where a folder of npz holds both splits, what the other one says counts too: one of them may lack a class. Its
+    examples are not read.
+
+    Raises
+    ------
+    DataError
+        As `load`, or the splits have other shapes.
+    """
+    own = load(name, split, data_dir)
+    other = Path(data_dir) / ("test.npz" if split == "train" else "train.npz")
+    if name != "npz" or not other.exists():
+        return own.in_shape, own.num_classes
+    in_shape, num_classes = _npz_form(other)
+    if in_shape != own.in_shape:
+        raise DataError(f"examples of {split}.npz have shape {own.in_shape}, those of {other} {in_shape}")
+    return own.in_shape, max(own.num_classes, num_classes)
+
+
+def _npz_form(path: Path) -> tuple[tuple[int, ...], int]:
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as z:
+            labels = [z[name] for name in ("num_classes", "y") if name in z.files]
+            with z.zip.open("x.npy") as x:
+                read = np.lib.format.read_array_header_1_0, np.lib.format.read_array_header_2_0
+                shape = read[np.lib.format.read_magic(x)[0] - 1](x)[0]
+        return tuple(shape[1:]), int(labels[0]) if labels[0].ndim == 0 else int(labels[0].max(initial=-1)) + 1
+    except (*binary.BAD_NPZ, IndexError) as error:
+        raise DataError(f"{path} is not an .npz file of plain arrays x and y: {error}") from error
 
 
 def known(name: str) -> bool:

@@ -49,8 +49,20 @@ class Device:
     def model(self) -> nn.Module:
         """The network with its named weights."""
         masks = None if self.config.same_masks else OWN_MASKS + self._number % OWN_MASKS
-        whole = self.examples("train")
-        return network(self.config, whole.in_shape, whole.num_classes, masks).to(self._on)
+        if self.scenario is not None:
+            whole = self.examples("train")
+            in_shape, num_classes = whole.in_shape, whole.num_classes
+        else:
+            in_shape, num_classes = data.form(self._set, "train", self._where)
+        return network(self.config, in_shape, num_classes, masks).to(self._on)
+
+    @property
+    def _set(self) -> str:
+        return str(self._node.get("data", self.config.data))
+
+    @property
+    def _where(self) -> str:
+        return str(self._node.get("data-dir") or self.config.data_dir)
 
     @cached_property
     def scenario(self) -> data.Scenario | None:
@@ -77,8 +89,7 @@ class Device:
     def examples(self, split: data.Split, task: int | None = None) -> data.Dataset:
         """Give the training or test data of this device; in a scenario, of ``task`` (None: the present one)."""
         own_dir, config = self._node.get("data-dir"), self.config
-        name = str(self._node.get("data", config.data))
-        where = str(own_dir or config.data_dir)
+        name, where = self._set, self._where
         if self.scenario is not None:
             all_so_far = config.stream == "cumulative" and split == "train"
             at = self.task if task is None else task

@@ -81,8 +81,8 @@ def prepare(
         if overrides.get("fraction-evaluate") == 0:
             raise launch.UsageError("clients evaluate in a comparison: give fraction-evaluate above 0")
         defaults = stage.defaults()
-        first = overrides.get("seed", defaults["seed"])
-        if seeds is not None and isinstance(first, int):
+        if seeds is not None:
+            first = RunConfig.model_validate({"seed": overrides.get("seed", defaults["seed"])}).seed
             seed_list = ",".join(str(first + i) for i in range(seeds))
         overrides |= {"compare": methods, "seeds": seed_list or ""}
         runs = lineup({**defaults, **overrides})

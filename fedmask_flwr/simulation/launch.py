@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,24 +11,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from fedmask_flwr import data, track
 from fedmask_flwr.config import ConfigError, RunConfig, load_config, patterns, scalar
 from fedmask_flwr.memory import forget
 from fedmask_flwr.methods import Method, resolve
-from fedmask_flwr.setting import network, scenario_of, settled, shape
+from fedmask_flwr.setting import importable, network, scenario_of, settled, shape
 from fedmask_flwr.share import share
 from fedmask_flwr.show import RoundTable, summary
 from fedmask_flwr.simulation import stage
 from fedmask_flwr.simulation.runtime import LOG, SimulationError
 from fedmask_flwr.simulation.runtime import run as simulate
 from fedmask_flwr.simulation.sandbox import LeftoverError
-from fedmask_flwr.standing import stand
+from fedmask_flwr.standing import INDEX, stand
+from fedmask_flwr.train import device_of, evaluate, losses_of, tensors
 
 __all__ = ["Plan", "RunError", "UsageError", "launch", "prepare"]
 
 MEMORY = "memory"
+_WEIGHTS = re.compile(r"file:(?P<path>.+)(?P<hash>#sha256=.*)")
 _FILES = (track.CONFIG, track.TOKEN, track.METRICS, track.CHECKPOINT, track.MASK, track.CURVE, track.FAILED, LOG)
 
 
@@ -86,13 +90,20 @@ def prepare(
 
 @contextmanager
 def usage() -> Iterator[None]:
-    """Turn what is found wrong before anything starts into a `UsageError`."""
+    """Turn what is found wrong before anything starts into a `UsageError`.
+
+    torch says with a RuntimeError that a network is too large, and a width of 0 is divided by.
+    """
     try:
-        yield
+        with importable():
+            yield
     except UsageError:
         raise
     except (ConfigError, data.DataError, track.RunDirError, OSError, ValueError) as error:
         raise UsageError(str(error)) from error
+    except (RuntimeError, ArithmeticError, MemoryError) as error:
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise UsageError(f"this cannot be built: {said}") from error
 
 
 def options(
@@ -115,6 +126,8 @@ def options(
             overrides[key] = str(Path(where).expanduser().absolute())
     if str(table := overrides.get("scenario", "")).endswith(".toml"):
         overrides["scenario"] = str(Path(str(table)).expanduser().absolute())
+    if (found := _WEIGHTS.fullmatch(str(overrides.get("weights", "")))) is not None:
+        overrides["weights"] = f"file:{Path(found['path']).expanduser().absolute()}{found['hash']}"
     overrides["clients"] = clients
     overrides["memory-dir"] = overrides.get("memory-dir") or str(out / MEMORY)
     return overrides
@@ -149,7 +162,8 @@ def check_clients(config: RunConfig, clients: int) -> None:
             )
         for client in range(clients):
             for task in range(scenario.tasks):
-                data.cell_data(scenario, client, task, "train", config.data_dir, config.seed)
+                for split in ("train", "test"):  # all clients evaluate
+                    data.cell_data(scenario, client, task, split, config.data_dir, config.seed)
         return
     if ":" in config.data:  # your own functions run where the clients do
         return
@@ -177,16 +191,27 @@ def check_model(config: RunConfig, settings: Mapping[str, Any]) -> None:
     method = resolve(config.method)
     if config.adapt_epochs > 0 and method.adapt is Method.adapt:
         raise UsageError(f"{config.method} does not adapt before it evaluates: leave adapt-epochs at -1, or set 0")
+    try:
+        device_of(config.device)
+    except RuntimeError as error:
+        raise UsageError(str(error)) from error
     if ":" in config.data and not config.scenario:
         return
     model = network(config, *shape(config))
     spec = method.layout(model, patterns(config.include), patterns(config.exclude))
     method(spec, model, method.Config(**settled(config, settings)), fraction=config.fraction_train)
+    if not config.scenario:
+        test = data.load(config.data, "test", config.data_dir)
+        few = data.Dataset(test.x[:8], test.y[:8], test.num_classes, None, test.valid, test.labels)
+        with torch.no_grad():
+            evaluate(model, *tensors(few.x, few.y, torch.device("cpu")), losses_of(model, few))
 
 
 def _check_folder(out: Path, told: Mapping[str, Any], *, overwrite: bool) -> int:
     """Give the last round of the run to resume, 0 where there is none."""
     check_free(out)
+    if (out / INDEX).exists():
+        raise UsageError(f"{out} holds a comparison, whose devices' memory lies there too; give another --out")
     if overwrite:
         clear(out)
         return 0
@@ -276,4 +301,4 @@ def failures() -> Iterator[None]:
 
 def say(console: Console, text: str, style: str | None = None) -> None:
     """Print a line as it is: no markup, no wrapping."""
-    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+    console.print(text, style=style, markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -90,7 +90,7 @@ def sandbox(threads: str, extra_path: str) -> Iterator[Sandbox]:
             "SPT_NOENV": "1",  # Ray renames its workers in memory that would hold the token
             "NO_PROXY": ",".join(filter(None, [env.get("NO_PROXY"), "127.0.0.1"])),
             "no_proxy": ",".join(filter(None, [env.get("no_proxy"), "127.0.0.1"])),
-            "PYTHONPATH": os.pathsep.join(filter(None, [env.get("PYTHONPATH"), extra_path])),
+            "PYTHONPATH": os.pathsep.join([*_absolute(env.get("PYTHONPATH", "")), *filter(None, [extra_path])]),
             "PATH": os.pathsep.join([str(scripts()), env.get("PATH", os.defpath)]),
         }
     )
@@ -114,6 +114,11 @@ def sandbox(threads: str, extra_path: str) -> Iterator[Sandbox]:
                     child.wait(timeout=1 if left else 10)
     if left:
         raise LeftoverError("some processes of the run could not be ended; look for them with: ps -ef | grep ray")
+
+
+def _absolute(path: str) -> list[str]:
+    """Folders of a search path, as seen from here: the run's processes work elsewhere."""
+    return [str(Path(entry).absolute()) for entry in path.split(os.pathsep) if entry]
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from fedmask_flwr.memory import default_folder
 from . import node, shim
 
 PREFIX, STALE = "fedmask-warm-", 60.0  # seconds after which a folder has its sockets, or never will
+LONGEST = 103  # bytes of a socket's path; Linux takes 107, macOS no more
 POLL = "FLWR_SUPEREXEC_TASK_POLL_INTERVAL"
 
 
@@ -54,7 +55,7 @@ def _folder() -> Path:
         When there is none.
     """
     for base in (tempfile.gettempdir(), os.environ.get("XDG_RUNTIME_DIR"), str(default_folder())):
-        if not base:
+        if not base or len(os.fsencode(shim.socket_of(f"{base}/{PREFIX}12345678", node.SUPEREXEC))) > LONGEST:
             continue
         try:
             Path(base).mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def _folder() -> Path:
         if all(os.access(stand_in, os.X_OK) for stand_in in stand_ins):
             return folder
         shutil.rmtree(folder)
-    raise OSError("no folder allows programs: mount the temporary one without noexec")
+    raise OSError("no folder with a short path allows programs: set TMPDIR to one that is mounted without noexec")
 
 
 def clean(base: Path) -> None:

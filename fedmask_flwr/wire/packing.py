@@ -196,7 +196,8 @@ def _check_heads(
     if digest is not None and frame.digest != digest:
         raise WireError(
             f"frame is for another model: digest {frame.digest.hex()}, expected {digest.hex()}; check that "
-            "client and server use the same model, include/exclude patterns and weights source"
+            "client and server use the same model, include/exclude patterns and weights source, and data of the "
+            "same shape and number of classes"
         )
     if round_ is not None and frame.round_ != round_:
         raise WireError(f"frame is of round {frame.round_}, expected round {round_}; a late or replayed message")

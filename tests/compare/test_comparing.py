@@ -99,6 +99,23 @@ def test_seed_list_and_first_seed(tmp_path, simulation):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("seed", ["7.5", "abc"])
+def test_a_first_seed_that_is_no_number(seed, tmp_path, simulation):
+    done = fedmask("compare", "--methods", "fedpm", "--seeds", "2", "-c", f"seed={seed}", "--out", tmp_path / "a")
+    assert (done.exit_code, simulation.calls) == (2, [])
+    assert "seed" in said(done)
+
+
+def test_a_run_does_not_move_into_a_comparison(tmp_path, simulation):
+    assert fedmask(*METHODS, "--out", tmp_path / "a").exit_code == 0
+    memory = sorted((tmp_path / "a/memory").rglob("*"))
+    for more in ([], ["--overwrite"]):
+        done = fedmask("run", "--out", tmp_path / "a", *more)
+        assert done.exit_code == 2
+        assert "holds a comparison" in said(done)
+    assert sorted((tmp_path / "a/memory").rglob("*")) == memory
+
+
 def test_complete_runs_are_kept_and_added_to(tmp_path, simulation):
     args = (*METHODS, "--out", tmp_path / "a")
     assert fedmask(*args).exit_code == 0

@@ -171,6 +171,13 @@ def test_sandbox_ends_daemons_and_deletes_its_folder(tmp_path, token):
     assert reaper.tagged(token, str(place.folder)) == []
 
 
+def test_a_relative_search_path_means_the_same_in_a_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["src", "", "/x"]))
+    with sandbox.sandbox("1", "/here") as place:
+        assert place.env["PYTHONPATH"].split(os.pathsep) == [str(tmp_path / "src"), "/x", "/here"]
+
+
 def test_sandbox_cleans_after_an_error(tmp_path, token):
     with pytest.raises(ZeroDivisionError), sandbox.sandbox("1", "") as place:
         escape(tmp_path / "a", env=dict(place.env))
