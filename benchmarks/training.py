@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).parents[1])]
 
 from benchmarks.ratios import Ratio, save  # noqa: E402
 from fedmask_flwr import jit  # noqa: E402
-from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec, frozen_weights, write_mask  # noqa: E402
+from fedmask_flwr.masks import MaskAdam, MaskSGD, MaskSpec, frozen_weights, initialise, write_mask  # noqa: E402
 from fedmask_flwr.models import conv4, leaf, mlp  # noqa: E402
 
 RESULTS = Path(__file__).parent / "results/training.json"
@@ -71,7 +71,9 @@ def network(name, case):
         from torchvision.models import mobilenet_v2
 
         return settled(mobilenet_v2(weights=None, num_classes=case.classes), case.inputs()[0])
-    return {"mlp": mlp, "leaf": leaf, "conv4": conv4}[name](case.shape, case.classes)
+    model = {"mlp": mlp, "leaf": leaf, "conv4": conv4}[name](case.shape, case.classes)
+    initialise(model, "seed:0")
+    return model
 
 
 @torch.no_grad()

@@ -62,10 +62,10 @@ def largest(grad: NDArray[np.float32]) -> Any:
 
 
 @compiled()
-def _gradient(u: Any, grad: Any, w: Any, s: Any, power: Any, penalty: Any, pruned: Any) -> None:
+def _gradient(u: Any, grad: Any, w: Any, c: Any, s: Any, power: Any, penalty: Any, pruned: Any) -> None:
     for i in range(len(u)):
         p = _sigmoid(s[i])
-        g = grad[i] * w[i]
+        g = grad[i] * (w[i] if c is None else _F(w[i]) * c)
         g = g * p if power else g  # where nothing is added, a negative zero stays one
         g = g + penalty if penalty != _ZERO else g
         g = g * p
@@ -100,7 +100,9 @@ def _change(u: Any, m: Any, v: Any, rates: Any) -> None:
 
 
 @compiled()
-def _draw(u: Any, w: Any, s: Any, p: Any, bound: Any, cut: Any, k0: Any, k1: Any, first: Any, pruned: Any) -> None:
+def _draw(
+    u: Any, w: Any, c: Any, s: Any, p: Any, bound: Any, cut: Any, k0: Any, k1: Any, first: Any, pruned: Any
+) -> None:
     for i in range(len(u)):
         x = s[i] - u[i]
         x = -bound if x < -bound else x
@@ -113,13 +115,14 @@ def _draw(u: Any, w: Any, s: Any, p: Any, bound: Any, cut: Any, k0: Any, k1: Any
             m = _ONE if word < _U(_sigmoid(x) * _RANGE) else _ZERO
         if pruned is not None:
             m = _ZERO if pruned[i] else m
-        p[i] = w[i] * m
+        p[i] = (w[i] if c is None else _F(w[i]) * c) * m
 
 
 @compiled()
 def step(
     grad: NDArray[np.float32],
-    w: NDArray[np.float32],
+    w: NDArray[np.float32] | NDArray[np.int8],
+    c: np.float32 | None,
     s: NDArray[np.float32],
     m: NDArray[np.float32] | None,
     v: NDArray[np.float32] | None,
@@ -136,6 +139,8 @@ def step(
 
     Parameters
     ----------
+    w, c
+        The frozen weights; or their signs, and the constant that all are.
     u
         Scratch, (BLOCK,).
     rates
@@ -152,9 +157,9 @@ def step(
         b = min(a + BLOCK, len(s))
         change = u[: b - a]
         gone = None if pruned is None else pruned[a:b]
-        _gradient(change, grad[a:b], w[a:b], s[a:b], power, penalty, gone)
+        _gradient(change, grad[a:b], w[a:b], c, s[a:b], power, penalty, gone)
         _change(change, None if m is None else m[a:b], None if v is None else v[a:b], rates[2:])
-        _draw(change, w[a:b], s[a:b], p[a:b], bound, cut, k0, k1, _U(start + a), gone)
+        _draw(change, w[a:b], c, s[a:b], p[a:b], bound, cut, k0, k1, _U(start + a), gone)
 
 
 def usable(layers: Layers) -> bool:
@@ -166,7 +171,8 @@ class _Arrays(NamedTuple):
     """A layer's part of what a step works on; None for what there is not."""
 
     start: int
-    w: NDArray[np.float32]
+    w: NDArray[np.float32] | NDArray[np.int8]
+    c: np.float32 | None
     s: NDArray[np.float32]
     m: NDArray[np.float32] | None
     v: NDArray[np.float32] | None
@@ -187,15 +193,17 @@ class Step:
         pruned = None if rule.pruned is None else rule.pruned.numpy()
         s, (m, v) = scores.numpy(), ([x.numpy() for x in moments] + [None, None])[:2]
         self._arrays = []
-        for start, w in layers.flat():
-            rest = (None if x is None else x[start : start + w.numel()] for x in (m, v, pruned))
-            self._arrays.append(_Arrays(start, w.numpy(), s[start : start + w.numel()], *rest))
+        for layer, (start, stop) in enumerate(layers.starts()):
+            w, scales = layers.frozen.held(layer).numpy(), layers.frozen.scales
+            c = None if scales is None else np.float32(scales[layer])
+            rest = (None if x is None else x[start:stop] for x in (m, v, pruned))
+            self._arrays.append(_Arrays(start, w, c, s[start:stop], *rest))
         self._outs: list[tuple[int, NDArray[np.float32]] | None] = [None] * len(self._arrays)
 
     def gradients(self, grads: Sequence[Tensor | None]) -> list[NDArray[np.float32]]:
         """G of each layer, flat float32; zeros for none."""
         return [
-            np.zeros_like(arrays.w) if grad is None else grad.reshape(-1).float().numpy()
+            np.zeros(arrays.w.size, np.float32) if grad is None else grad.reshape(-1).float().numpy()
             for arrays, grad in zip(self._arrays, grads, strict=True)
         ]
 
@@ -215,10 +223,10 @@ class Step:
         flat = np.array([bound, penalty, *rates], np.float32)
         words = np.array(key, np.int32).view(np.uint32)
         for i, (arrays, p, grad) in enumerate(zip(self._arrays, self._layers.params, grads, strict=True)):
-            start, w, s, m, v, pruned = arrays
+            start, w, c, s, m, v, pruned = arrays
             out = self._out(i, p)
-            values = np.empty_like(w) if out is None else out
-            step(grad, w, s, m, v, values, self._scratch, flat, words, start, power, self._cut, pruned)
+            values = np.empty(w.size, np.float32) if out is None else out
+            step(grad, w, c, s, m, v, values, self._scratch, flat, words, start, power, self._cut, pruned)
             if out is None:
                 p.copy_(torch.from_numpy(values).view(p.shape))
             else:

@@ -107,7 +107,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             current = current.copy_(frozen)
         freeze(model, spec)
         super().__init__([{"params": params, "lr": lr}], {"lr": lr, **defaults})
-        self._spec, self._frozen, self._rule = spec, current, rule
+        self._spec, self._rule = spec, rule
         self._key, self._updates = derive(key) if isinstance(key, int) else key, 0
         self._ste, self._penalty, self._bound = ste, sparsity / spec.numel, single(log((1 - clip) / clip))
         d, device = spec.numel, current.device
@@ -129,8 +129,8 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
 
     @property
     def frozen(self) -> Tensor:
-        """The frozen weights w, (spec.weights,) float32; not a copy."""
-        return self._frozen
+        """The frozen weights w, (spec.weights,) float32; a copy."""
+        return self._layers.frozen.flat()
 
     @property
     def scores(self) -> Tensor:

@@ -46,6 +46,14 @@ def network() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 9, 40), nn.Linear(40, 3, bias=False))
 
 
+def constant(model: nn.Module) -> nn.Module:
+    """The model with weights of -c or +c in each layer, as a seed makes them."""
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(torch.where(p < 0, -1.0, 1.0) * (0.1 + 0.2 * i))
+    return model
+
+
 def trained(name, make, steps=4, prepare=lambda m: m, seed=0, missing=(), granularity="weight", **settings_):
     """Everything that steps on given gradients leave behind, and what was used: tensors of bits."""
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +95,28 @@ SETTINGS = {
     "channels last": {"prepare": lambda m: m.to(memory_format=torch.channels_last)},
     "half": {"prepare": lambda m: m.bfloat16()},
     "double": {"prepare": lambda m: m.double()},
+    "constants": {"prepare": constant, "ste": "p", "sparsity": 3.0},
+    "constants pruned": {"prepare": constant, "support": SUPPORT, "missing": (1,)},
+    "constants by threshold": {"prepare": constant, "draw": "threshold", "tau": 0.4},
+    "constants in another format": {"prepare": lambda m: constant(m).to(memory_format=torch.channels_last)},
+    "constants in half": {"prepare": lambda m: constant(m).bfloat16()},
 }
+
+
+def test_weights_of_a_seed_are_held_as_a_byte_each():
+    model = constant(network())
+    optimiser = MaskSGD(model)
+    held = optimiser._layers.frozen
+    assert held.scales == pytest.approx([0.1, 0.5, 0.9])  # of the weights; biases are not masked
+    assert {held.held(layer).dtype for layer in range(len(held))} == {torch.int8}
+    before = torch.cat([p.detach().flatten() for p in constant(network()).parameters() if p.ndim > 1])
+    assert torch.equal(bits(optimiser.frozen), bits(before))
+    optimiser.restore()
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters() if p.ndim > 1]), before)
+    others = network()
+    with torch.no_grad():
+        others[3].weight.fill_(2.0)[0, 0] = 0.0  # neither c nor -c
+    assert MaskSGD(others)._layers.frozen.scales is None
 
 
 @needs_numba
