@@ -126,10 +126,10 @@ def test_the_older_generation_stands_in(tmp_path, caplog):
 def test_a_full_disk_fails_the_turn_and_costs_no_memory(tmp_path, monkeypatch):
     out = tmp_path / "run"
 
-    def full(path, data):
+    def full(path, data, mode):
         if path.name == "1.000003.safetensors":
             raise OSError(28, "No space left on device")
-        checkpoint.write_atomic(path, data)
+        checkpoint.write_atomic(path, data, mode)
 
     monkeypatch.setattr(memory, "write_atomic", full)
     lines, _ = run(out, method="fedmask")
