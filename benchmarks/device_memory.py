@@ -25,6 +25,7 @@ sys.path[:0] = [str(ROOT)]
 from benchmarks.ratios import Ratio, save  # noqa: E402
 from benchmarks.training import status  # noqa: E402
 from fedmask_flwr.checks.machine import PER_PARAMETER  # noqa: E402
+from fedmask_flwr.masks import initialise  # noqa: E402
 from fedmask_flwr.methods import Training, Turn, resolve  # noqa: E402
 from fedmask_flwr.wire import pack  # noqa: E402
 
@@ -35,6 +36,7 @@ METHODS = ("fedpm", "deltamask", "deltastep", "klms", "drawstep", "fedavg")
 def turn(name: str, width: int) -> int:
     """Kilobytes at most until the training step is done; the reply is written after."""
     network, images = nn.Sequential(nn.Linear(width, 1000, bias=False)), torch.randn(4, width)
+    initialise(network, "seed:0")
     method = resolve(name)(resolve(name).layout(network), network, resolve(name).Config())
     when, memory = Turn(7, 1, 5, 3), {}
     got = method.broadcast(method.init())
