@@ -11,6 +11,8 @@ from torch import nn
 
 from .config import RunConfig, patterns
 from .methods import Method, Training, resolve
+from .methods.reading import plain
+from .wire import CODECS
 
 AS_BUILT = "as-built"
 
@@ -82,3 +84,26 @@ class Plan:
     def codecs(self, method: Method[Any]) -> dict[str, str]:
         """Codec names by kind, with the run's choice for mask bits."""
         return {**method.codecs, "bits": self.codec}
+
+    @property
+    def lossy(self) -> str:
+        """The codec of mask bits where it may flip some, else ""."""
+        named = CODECS.get(plain(self.codec))
+        return "" if named is None or named.lossless else self.codec
+
+    def check_codec(self) -> None:
+        """Refuse a codec that the method cannot have.
+
+        Raises
+        ------
+        ValueError
+            The method needs exact bits, or counts a budget in those of codec "auto".
+        """
+        method = resolve(self.method)
+        if method.exact and self.lossy:
+            raise ValueError(f"{self.method} needs an exact codec, {self.codec} may flip bits: use auto")
+        budget = method.Config(**self.settings).model_dump().get("target_bpp")
+        if method.priced and budget and self.codec != "auto":
+            raise ValueError(
+                f"target-bpp of {self.method} is a budget for codec auto: with {self.codec} no round would hold it"
+            )

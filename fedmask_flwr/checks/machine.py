@@ -13,8 +13,8 @@ from .trial import trial
 
 __all__ = ["PER_PARAMETER", "memory", "threads"]
 
-# Bytes of a round, above what any method takes: 63 measured with KLMS and DrawStep, 49 with DeltaMask and
-# DeltaStep, 37 with FedPM (benchmarks/device_memory.py).
+# Bytes of a round, above what any method takes: 69 measured with DrawStep and KLMS, 53 with DeltaStep, 45 with
+# DeltaMask, 33 with FedPM (benchmarks/device_memory.py).
 PER_PARAMETER = 70
 
 

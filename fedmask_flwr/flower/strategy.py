@@ -17,11 +17,10 @@ from torch import nn
 
 from fedmask_flwr.masks import Mode, frozen_weights, initialise, model_digest
 from fedmask_flwr.methods import Turn, Update, resolve
-from fedmask_flwr.methods.reading import plain
 from fedmask_flwr.plan import AS_BUILT, Plan
 from fedmask_flwr.setting import structure_id
 from fedmask_flwr.track import RunDir
-from fedmask_flwr.wire import CODECS, Payload, SideInfo, WireError
+from fedmask_flwr.wire import Payload, SideInfo, WireError
 
 from .herald import Herald
 from .journal import Journal
@@ -105,7 +104,7 @@ class MaskStrategy(Strategy):
         on_round: Callable[[Mapping[str, Any]], None] | None = None,
         **settings: Any,
     ) -> None:
-        checked = resolve(method).Config(**settings)
+        resolve(method).Config(**settings)
         if server_threads < 1:
             raise ValueError(f"server_threads must be 1 or more, got {server_threads}")
         source = f"seed:{seed}" if weights is None else weights
@@ -113,14 +112,7 @@ class MaskStrategy(Strategy):
         masks = structure_id(model) if same_masks else ""
         self.plan = Plan(method, settings, source, include, exclude, seed, 0, codec, optimizer, lr, run, masks)
         self.plan.training()
-        named = CODECS.get(plain(codec))
-        self._lossy = "" if named is None or named.lossless else codec
-        if resolve(method).exact and self._lossy:
-            raise ValueError(f"{method} needs an exact codec, {codec} may flip bits: use auto")
-        if resolve(method).priced and checked.model_dump().get("target_bpp") and codec != "auto":
-            raise ValueError(
-                f"target-bpp of {method} is a budget for codec auto: with {codec} no round would hold it"
-            )
+        self.plan.check_codec()
         if source != AS_BUILT:
             initialise(model, source)
         self.method = self.plan.build(model, fraction_train)
@@ -198,7 +190,7 @@ class MaskStrategy(Strategy):
             turn=self._turn(server_round),
             ledger=self.ledger,
             masks=self.plan.masks,
-            lossy=self._lossy,
+            lossy=self.plan.lossy,
             threads=self.server_threads,
         )
         self.state = self.method.aggregate(self.state, _noting(updates, heard))
