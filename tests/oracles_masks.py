@@ -12,18 +12,32 @@ from torch.func import functional_call
 M32 = (1 << 32) - 1
 
 
+def _mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * 0x7FEB352D & M32
+    x ^= x >> 15
+    x = x * 0x846CA68B & M32
+    return x ^ x >> 16
+
+
+def _signed(x: int) -> int:
+    return x - (1 << 32) if x >> 31 else x
+
+
 def word(k0: int, k1: int, i: int) -> int:
     """Word i of a stream as a signed 32-bit integer, with Python's unbounded integers."""
+    return _signed(_mix(_mix((i ^ k0) & M32) ^ (k1 & M32)))
 
-    def mix(x: int) -> int:
-        x ^= x >> 16
-        x = x * 0x7FEB352D & M32
-        x ^= x >> 15
-        x = x * 0x846CA68B & M32
-        return x ^ x >> 16
 
-    x = mix(mix((i ^ k0) & M32) ^ (k1 & M32))
-    return x - (1 << 32) if x >> 31 else x
+def step_word(k0: int, k1: int, i: int) -> int:
+    """Word i of a training step: lane and tile, mixed once more."""
+    return _signed(_mix((word(k0, k1, i % 2048) ^ word(k0, k1, 2**31 + i // 2048)) & M32))
+
+
+def slope(theta: Tensor) -> Tensor:
+    """theta*(1-theta) to 8 significant bits, halves up."""
+    m, e = torch.frexp(theta * (1 - theta))
+    return torch.ldexp(torch.floor(m * 256 + 0.5) / 256, e)
 
 
 def ste_gradient(
@@ -37,12 +51,12 @@ def ste_gradient(
 ) -> dict[str, Tensor]:
     """dL/ds by autograd through an explicit straight-through mask; scores broadcast over weights."""
     leaves = {n: s.clone().requires_grad_() for n, s in scores.items()}
-    weights = {}
+    weights, moved = {}, []
     for n, s in leaves.items():
-        theta = torch.sigmoid(s)
-        slope = theta.detach() if ste == "p" else 1.0
-        weights[n] = frozen[n] * (mask[n] + slope * (theta - theta.detach()))
-    penalty = sparsity * torch.cat([torch.sigmoid(s).reshape(-1) for s in leaves.values()]).mean()
+        theta = torch.sigmoid(s.detach())
+        moved.append(slope(theta) * (s - s.detach()))  # theta less itself: 0, with its derivative
+        weights[n] = frozen[n] * (mask[n] + (theta if ste == "p" else 1.0) * moved[-1])
+    penalty = sparsity * torch.cat([m.reshape(-1) for m in moved]).mean()
     total = loss(lambda *a, **k: functional_call(model, weights, a, k)) + penalty
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
@@ -73,8 +87,8 @@ def train_positions(
             if not kept:
                 break
             theta = 1 / (1 + math.exp(-s))
-            slope = theta if ste == "p" else 1.0
-            ds = (g * slope + sparsity / len(scores)) * theta * (1 - theta)
+            power = theta if ste == "p" else 1.0
+            ds = (g * power + sparsity / len(scores)) * slope(torch.tensor(theta, dtype=torch.float64)).item()
             if adam:
                 m, v = 0.9 * m + 0.1 * ds, 0.999 * v + 0.001 * ds * ds
                 s -= lr * m / (1 - 0.9**t) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)

@@ -1,13 +1,15 @@
-"""The whole step of a mask in compiled loops: the formulas of `kernels` and the words of `keyed`, the same bits.
+"""The whole step of a mask in compiled loops: the formulas of `kernels` and the words of `tiled`, the same bits.
 
-One pass over a layer: gradient, moments, scores, the next mask and the weights that carry it, a block at a time, so
-that what one loop leaves the next one finds in the first cache. Three loops, since with fewer vectors in each LLVM
-can tell that they do not overlap, and uses the processor's vector instructions.
+One pass over a layer: gradient, moments, scores, the next mask and the weights that carry it, a tile of words at a
+time, so that what one loop leaves the next one finds in the first cache. Three loops, since with fewer vectors in
+each LLVM can tell that they do not overlap, and uses the processor's vector instructions. Whoever draws a mask has
+theta of the new scores, and keeps its slope theta*(1-theta) for the next gradient: two bytes a weight, and half of
+the sigmoids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -21,14 +23,15 @@ from .draw import DrawRule
 from .kernels import INVERSE, LN2_HIGH, LN2_LOW, MAGIC, T1, T2
 from .keyed import Key
 from .pieces import LARGEST, Layers
+from .tiled import COLUMN, TILE
 
-BLOCK = 2048
 _F, _U = np.float32, np.uint32  # a plain literal would widen what it meets
 _INVERSE, _MAGIC, _HIGH, _LOW, _T1, _T2 = (np.float32(x) for x in (INVERSE, MAGIC, LN2_HIGH, LN2_LOW, T1, T2))
 _ZERO, _ONE, _TWO, _RANGE = (np.float32(x) for x in (0, 1, 2, 2.0**32))
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 _15, _16, _23 = np.uint32(15), np.uint32(16), np.uint32(23)
 _TOP, _SIZE = np.uint32(1 << 31), np.uint32((1 << 31) - 1)
+_HALF, _COLUMN = np.uint32(1 << 15), np.uint32(COLUMN)
 
 
 @compiled()
@@ -53,23 +56,48 @@ def _mix(x: Any) -> Any:
 
 
 @compiled()
-def largest(grad: NDArray[np.float32]) -> Any:
-    """Largest magnitude as bits, which order as the numbers do: infinity is above all, and NaN above it."""
-    top = _U(0)
-    for i in range(len(grad)):
-        top = max(top, _U(_F(grad[i]).view(_U) & _SIZE))
-    return top
+def _word(i: Any, key: Any) -> Any:
+    return _mix(_U(_mix(_U(i ^ key[0])) ^ key[1]))
 
 
 @compiled()
-def _gradient(u: Any, grad: Any, w: Any, c: Any, s: Any, power: Any, penalty: Any, pruned: Any) -> None:
+def _slope(p: Any) -> Any:
+    """The upper half of ``p*(1-p)``, rounded: a bfloat16."""
+    return np.uint16(_U(_F(p * (_ONE - p)).view(_U) + _HALF) >> _16)
+
+
+@compiled()
+def slopes(s: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
+    """What `step` keeps for the scores `s`; both (n,)."""
+    for i in range(len(s)):
+        out[i] = _slope(_sigmoid(s[i]))
+
+
+@compiled()
+def largest(grad: NDArray[np.float32]) -> Any:
+    """Largest magnitude: infinity is above all, and NaN above it, since their bits order as the numbers do."""
+    top = _U(0)
+    for i in range(len(grad)):
+        top = max(top, _U(_F(grad[i]).view(_U) & _SIZE))
+    return _U(top).view(_F)
+
+
+@compiled()
+def _lanes(key: Any, row: Any) -> None:
+    """The words that all tiles of a step share."""
+    for i in range(len(row)):
+        row[i] = _word(_U(i), key)
+
+
+@compiled()
+def _gradient(u: Any, grad: Any, w: Any, c: Any, s: Any, q: Any, power: Any, penalty: Any, pruned: Any) -> None:
     for i in range(len(u)):
-        p = _sigmoid(s[i])
         g = grad[i] * (w[i] if c is None else _F(w[i]) * c)
-        g = g * p if power else g  # where nothing is added, a negative zero stays one
-        g = g + penalty if penalty != _ZERO else g
-        g = g * p
-        g = g * (_ONE - p)
+        if power is not None:
+            g = g * _sigmoid(s[i])
+        g = g + penalty if penalty != _ZERO else g  # where nothing is added, a negative zero stays one
+        kept = _slope(_sigmoid(s[i])) if q is None else q[i]
+        g = g * _U(_U(kept) << _16).view(_F)
         if pruned is not None:
             g = _ZERO if pruned[i] else g
         u[i] = g
@@ -101,7 +129,7 @@ def _change(u: Any, m: Any, v: Any, rates: Any) -> None:
 
 @compiled()
 def _draw(
-    u: Any, w: Any, c: Any, s: Any, p: Any, bound: Any, cut: Any, k0: Any, k1: Any, first: Any, pruned: Any
+    u: Any, w: Any, c: Any, s: Any, q: Any, p: Any, bound: Any, cut: Any, row: Any, column: Any, pruned: Any
 ) -> None:
     for i in range(len(u)):
         x = s[i] - u[i]
@@ -111,8 +139,10 @@ def _draw(
         if cut is not None:
             m = _ONE if x >= cut[0] else _ZERO
         else:
-            word = _U(_mix(_U(_mix(_U(_U(first + _U(i)) ^ k0)) ^ k1)) ^ _TOP)
-            m = _ONE if word < _U(_sigmoid(x) * _RANGE) else _ZERO
+            theta = _sigmoid(x)
+            m = _ONE if _U(_mix(_U(row[i] ^ column)) ^ _TOP) < _U(theta * _RANGE) else _ZERO
+            if q is not None:  # it never is here, which numba is told
+                q[i] = _slope(theta)
         if pruned is not None:
             m = _ZERO if pruned[i] else m
         p[i] = (w[i] if c is None else _F(w[i]) * c) * m
@@ -126,12 +156,14 @@ def step(
     s: NDArray[np.float32],
     m: NDArray[np.float32] | None,
     v: NDArray[np.float32] | None,
+    q: NDArray[np.uint16] | None,
     p: NDArray[np.float32],
     u: NDArray[np.float32],
+    row: NDArray[np.uint32],
     rates: NDArray[np.float32],
     key: NDArray[np.uint32],
     start: int,
-    power: bool,
+    power: bool | None,
     cut: NDArray[np.float32] | None,
     pruned: NDArray[np.bool_] | None,
 ) -> None:
@@ -141,25 +173,35 @@ def step(
     ----------
     w, c
         The frozen weights; or their signs, and the constant that all are.
+    q
+        `slopes` of the scores, kept up to date; None where nothing is drawn.
     u
-        Scratch, (BLOCK,).
+        Scratch, (TILE,).
+    row
+        What is drawn once a step, (TILE,): filled with the layer that starts at 0.
     rates
         The largest score, the penalty, then the numbers of `AdamRates` or `SgdRates`.
     key, start
         Of the words: this layer's are ``start .. start+n-1``.
     power
-        As in `score_gradient_`.
+        As in `score_gradient_`; None for False.
     cut
         As in `DrawRule`, an array of one number; None draws.
     """
-    bound, penalty, k0, k1 = rates[0], rates[1], key[0], key[1]
-    for a in range(0, len(s), BLOCK):
-        b = min(a + BLOCK, len(s))
-        change = u[: b - a]
+    bound, penalty = rates[0], rates[1]
+    if cut is None and start == 0:
+        _lanes(key, row)
+    a = 0
+    while a < len(s):
+        tile, lane = (start + a) // TILE, (start + a) % TILE
+        b = min(a + TILE - lane, len(s))
+        change, kept = u[: b - a], None if q is None else q[a:b]
         gone = None if pruned is None else pruned[a:b]
-        _gradient(change, grad[a:b], w[a:b], c, s[a:b], power, penalty, gone)
+        _gradient(change, grad[a:b], w[a:b], c, s[a:b], kept, power, penalty, gone)
         _change(change, None if m is None else m[a:b], None if v is None else v[a:b], rates[2:])
-        _draw(change, w[a:b], c, s[a:b], p[a:b], bound, cut, k0, k1, _U(start + a), gone)
+        column = _word(_U(_COLUMN + _U(tile)), key)
+        _draw(change, w[a:b], c, s[a:b], kept, p[a:b], bound, cut, row[lane:], column, gone)
+        a = b
 
 
 def usable(layers: Layers) -> bool:
@@ -176,6 +218,7 @@ class _Arrays(NamedTuple):
     s: NDArray[np.float32]
     m: NDArray[np.float32] | None
     v: NDArray[np.float32] | None
+    q: NDArray[np.uint16] | None
     pruned: NDArray[np.bool_] | None
 
 
@@ -189,28 +232,35 @@ class Step:
     def __init__(self, layers: Layers, scores: Tensor, moments: Sequence[Tensor], rule: DrawRule) -> None:
         self._layers = layers
         self._cut = np.array([rule.cut], np.float32) if rule.draw == "threshold" else None
-        self._scratch = np.empty(BLOCK, np.float32)
+        self._change, self._row = np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
+        # In step with the scores: torch counts what else writes them, and the kernel's writes pass it by.
+        self._slopes = None if self._cut is not None else np.empty(len(scores), np.uint16)
+        self._scores, self._version = scores, -1
         pruned = None if rule.pruned is None else rule.pruned.numpy()
         s, (m, v) = scores.numpy(), ([x.numpy() for x in moments] + [None, None])[:2]
         self._arrays = []
         for layer, (start, stop) in enumerate(layers.starts()):
             w, scales = layers.frozen.held(layer).numpy(), layers.frozen.scales
             c = None if scales is None else np.float32(scales[layer])
-            rest = (None if x is None else x[start:stop] for x in (m, v, pruned))
+            rest: Iterator[Any] = (None if x is None else x[start:stop] for x in (m, v, self._slopes, pruned))
             self._arrays.append(_Arrays(start, w, c, s[start:stop], *rest))
         self._outs: list[tuple[int, NDArray[np.float32]] | None] = [None] * len(self._arrays)
 
-    def gradients(self, grads: Sequence[Tensor | None]) -> list[NDArray[np.float32]]:
+    def gradients(self) -> list[NDArray[np.float32]]:
         """G of each layer, flat float32; zeros for none."""
-        return [
-            np.zeros(arrays.w.size, np.float32) if grad is None else grad.reshape(-1).float().numpy()
-            for arrays, grad in zip(self._arrays, grads, strict=True)
-        ]
+        found = []
+        for arrays, p in zip(self._arrays, self._layers.params, strict=True):
+            g = p.grad
+            if g is None:
+                found.append(np.zeros(arrays.w.size, np.float32))
+                continue
+            g = g if g.layout is torch.strided else g.to_dense()
+            found.append((g if g.dtype is torch.float32 else g.float()).numpy().reshape(-1))
+        return found
 
     def finite(self, grads: Sequence[NDArray[np.float32]]) -> bool:
         """Whether every element of ``G*w`` is sure to be, from the largest of both: one pass over G alone."""
-        sizes = (float(np.uint32(largest(grad)).view(np.float32)) for grad in grads)
-        return all(g * w <= LARGEST for g, w in zip(sizes, self._layers.peaks(), strict=True))
+        return all(float(largest(g)) * w <= LARGEST for g, w in zip(grads, self._layers.peaks(), strict=True))
 
     def __call__(
         self, grads: Sequence[NDArray[np.float32]], key: Key, *, rates: Sequence[float], bound: float, power: bool,
@@ -220,13 +270,18 @@ class Step:
 
         `rates` are `AdamRates` with two moments, else `SgdRates`; scores stay in [-bound, bound].
         """
-        flat = np.array([bound, penalty, *rates], np.float32)
-        words = np.array(key, np.int32).view(np.uint32)
+        flat, words = np.array([bound, penalty, *rates], np.float32), np.array(key, np.int32).view(np.uint32)
+        if self._slopes is not None and self._scores._version != self._version:
+            slopes(self._scores.numpy(), self._slopes)
+            self._version = self._scores._version
         for i, (arrays, p, grad) in enumerate(zip(self._arrays, self._layers.params, grads, strict=True)):
-            start, w, c, s, m, v, pruned = arrays
+            start, w, c, s, m, v, q, pruned = arrays
             out = self._out(i, p)
             values = np.empty(w.size, np.float32) if out is None else out
-            step(grad, w, c, s, m, v, values, self._scratch, flat, words, start, power, self._cut, pruned)
+            step(
+                grad, w, c, s, m, v, q, values, self._change, self._row, flat, words, start,
+                power or None, self._cut, pruned,
+            )  # fmt: skip
             if out is None:
                 p.copy_(torch.from_numpy(values).view(p.shape))
             else:

@@ -27,6 +27,7 @@ from .pieces import Layers, finite
 from .spec import MaskSpec
 
 Ste = Literal["identity", "p"]
+AHEAD = 32  # keys of steps made at a time: after a backward pass no cache holds what makes one
 
 
 class MaskOptimizer(torch.optim.Optimizer, ABC):
@@ -49,7 +50,8 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         Names the random streams: step t draws its mask under ``derive(*key, "step", t)``. Give
         ``derive(seed, "train", round, client)``. An int n stands for ``derive(n)``.
     ste
-        ``"identity"``: dL/ds = G*w*theta*(1-theta). ``"p"``: times theta again, as FedPM's code does.
+        ``"identity"``: dL/ds = G*w*theta*(1-theta), the slope theta*(1-theta) to 8 significant bits. ``"p"``: times
+        theta again, as FedPM's code does.
     clip
         theta stays in [clip, 1-clip], so that no score becomes infinite and no gradient dies.
     sparsity
@@ -120,6 +122,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self._scratch: Tensor | None = None
         self._room: Room | None = None
         self._fused: fused.Step | None = None
+        self._ahead: tuple[tuple[Key, int], list[Key]] | None = None
         self.set_theta(theta)
 
     @property
@@ -219,19 +222,20 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grads, power = self._layers.gradients(), self._ste == "p"
-        if fused.usable(self._layers):
-            if self._fused is None:
-                self._fused = fused.Step(self._layers, self._scores, list(self._moments.values()), self._rule)
-            flat = self._fused.gradients(grads)
+        power = self._ste == "p"
+        if self._fused is None and fused.usable(self._layers):
+            self._fused = fused.Step(self._layers, self._scores, list(self._moments.values()), self._rule)
+        if self._fused is not None:
+            flat = self._fused.gradients()
             if not self._fused.finite(flat):
-                self._refuse(grads)
+                self._refuse(self._layers.gradients())
             self._updates += 1
             self._fused(
                 flat, self._step_key(),
                 rates=self._rates(self.param_groups[0]), bound=self._bound, power=power, penalty=self._penalty,
             )  # fmt: skip
         else:
+            grads = self._layers.gradients()
             if not (self._layers.on_cpu and not self._layers.whole and finite(self._layers, grads)):
                 self._refuse(grads)
             self._updates += 1
@@ -269,7 +273,11 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _step_key(self) -> Key:
-        return derive(*self._key, "step", self._updates)
+        name, ahead = (self._key, self._updates // AHEAD), self._ahead
+        if ahead is None or ahead[0] != name:
+            first = name[1] * AHEAD
+            ahead = self._ahead = name, [derive(*self._key, "step", first + i) for i in range(AHEAD)]
+        return ahead[1][self._updates % AHEAD]
 
     def _write_mask(self) -> None:
         self._layers.write(self._masks(self._step_key()))

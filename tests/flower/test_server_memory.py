@@ -1,17 +1,21 @@
-"""A server of 100 clients and 10 million parameters stays under 1 GB, torch's own half of it included."""
+"""A server of 100 clients and 10 million parameters takes less than 350 MB beside its libraries.
+
+Those take 650 to 755 MB with torch's build for CUDA, by the machine; with its build for CPUs all is under a GB.
+"""
 
 from __future__ import annotations
 
 import sys
 
 import pytest
+import torch
 from tiny import ROOT
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize(("method", "clients"), [("fedpm", 100), ("deltamask", 20)])
-def test_a_server_of_ten_million_parameters_stays_under_a_gigabyte(method, clients, monkeypatch):
+def test_a_server_of_ten_million_parameters_is_small(method, clients, monkeypatch):
     """FedPM's replies are the larger, 125 MB a round; DeltaMask's decoding is the costlier, client by client.
 
     Without the extra `fast`: numba and what it compiles take 120 MB more.
@@ -24,4 +28,5 @@ def test_a_server_of_ten_million_parameters_stays_under_a_gigabyte(method, clien
     found = measure(method, clients, 2)
     assert found["parameters"] > 10_000_000
     assert found["broadcast_mb"] > 3  # votes of all clients, not the nothing of round 1
-    assert found["peak_mb"] < 1000, str(found)
+    assert found["own_mb"] < 350, str(found)
+    assert torch.version.cuda is not None or found["peak_mb"] < 1000, str(found)

@@ -8,7 +8,8 @@ import torch
 from oracles_masks import ste_gradient
 from torch import nn
 
-from fedmask_flwr.masks import MaskAdam, MaskOptimizer, MaskSGD, bernoulli, derive, thresholds
+from fedmask_flwr.masks import MaskAdam, MaskOptimizer, MaskSGD, derive, thresholds
+from fedmask_flwr.masks.tiled import tiled
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -84,7 +85,7 @@ def assert_live_mask(optimiser: MaskOptimizer, model: nn.Module) -> None:
     """The model holds w*m, and m is the draw that key, step and theta name."""
     spec = optimiser.spec
     key = derive(*optimiser._key, "step", optimiser.updates)
-    bits = torch.from_numpy(bernoulli(key, thresholds(optimiser.theta().double().numpy())))
+    bits = torch.from_numpy(tiled(key, spec.numel) < thresholds(optimiser.theta().double().numpy()))
     assert torch.equal(optimiser.mask(), bits)
     weights = spec.split_weights(optimiser.frozen)
     for name, m in spec.split(bits).items():
