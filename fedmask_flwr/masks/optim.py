@@ -25,9 +25,9 @@ from .kernels import Room, native, score_gradient_, single, slice_length, slices
 from .keyed import Key, derive
 from .pieces import Layers, finite
 from .spec import MaskSpec
+from .tiled import StepKeys
 
 Ste = Literal["identity", "p"]
-AHEAD = 32  # keys of steps made at a time: after a backward pass no cache holds what makes one
 
 
 class MaskOptimizer(torch.optim.Optimizer, ABC):
@@ -122,7 +122,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         self._scratch: Tensor | None = None
         self._room: Room | None = None
         self._fused: fused.Step | None = None
-        self._ahead: tuple[tuple[Key, int], list[Key]] | None = None
+        self._keys = StepKeys()
         self.set_theta(theta)
 
     @property
@@ -273,11 +273,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
             )
 
     def _step_key(self) -> Key:
-        name, ahead = (self._key, self._updates // AHEAD), self._ahead
-        if ahead is None or ahead[0] != name:
-            first = name[1] * AHEAD
-            ahead = self._ahead = name, [derive(*self._key, "step", first + i) for i in range(AHEAD)]
-        return ahead[1][self._updates % AHEAD]
+        return self._keys.of(self._key, self._updates)
 
     def _write_mask(self) -> None:
         self._layers.write(self._masks(self._step_key()))

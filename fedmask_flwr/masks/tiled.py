@@ -14,11 +14,31 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .keyed import Key, check_range, mix_, words, words_torch
+from .keyed import Key, check_range, derive, mix_, words, words_torch
 
 TILE = 2048
 COLUMN = 1 << 31
 """Counter of the first tile's word in the key's stream; the lanes' are ``0 .. TILE-1``."""
+AHEAD = 32
+"""Keys made at a time: after a backward pass no cache holds what makes one."""
+
+
+@final
+class StepKeys:
+    """``derive(*key, "step", t)``, the key of an optimiser's step t."""
+
+    __slots__ = ("_ahead", "_first", "_key")
+
+    def __init__(self) -> None:
+        self._key: Key | None = None
+        self._first, self._ahead = 0, list[Key]()
+
+    def of(self, key: Key, step: int) -> Key:
+        """The key of this step; the next ones are at hand then."""
+        if key != self._key or not 0 <= step - self._first < AHEAD:
+            self._key, self._first = key, step
+            self._ahead = [derive(*key, "step", step + i) for i in range(AHEAD)]
+        return self._ahead[step - self._first]
 
 
 def _tiles(n: int, start: int) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ from oracles_masks import step_word
 
 from fedmask_flwr.masks import Key, MaskAdam, derive
 from fedmask_flwr.masks.kernels import CPU_SLICE
-from fedmask_flwr.masks.tiled import TILE, Tiles, tiled, tiled_torch
+from fedmask_flwr.masks.tiled import AHEAD, TILE, StepKeys, Tiles, tiled, tiled_torch
 
 from .optim_cases import build, curve
 
@@ -91,6 +91,12 @@ def test_probability_is_met():
     for i, p in enumerate((1e-4, 0.01, 0.3, 0.5, 0.9)):
         hits = (uniforms(derive("p", i)) < p).sum()
         assert abs(hits - N * p) < 4.5 * np.sqrt(N * p * (1 - p))
+
+
+def test_keys_of_steps():
+    keys = StepKeys()
+    for key, step in ((Key(1, 2), 0), (Key(1, 2), 3), (Key(1, 2), 2 * AHEAD), (Key(1, 2), 5), (Key(3, 2), 5)):
+        assert keys.of(key, step) == derive(*key, "step", step)
 
 
 def test_scores_written_from_outside_count_in_the_next_step():
