@@ -34,12 +34,6 @@ def step_word(k0: int, k1: int, i: int) -> int:
     return _signed(_mix((word(k0, k1, i % 2048) ^ word(k0, k1, 2**31 + i // 2048)) & M32))
 
 
-def slope(theta: Tensor) -> Tensor:
-    """theta*(1-theta) to 8 significant bits, halves up."""
-    m, e = torch.frexp(theta * (1 - theta))
-    return torch.ldexp(torch.floor(m * 256 + 0.5) / 256, e)
-
-
 def ste_gradient(
     model: nn.Module,
     frozen: dict[str, Tensor],
@@ -51,12 +45,12 @@ def ste_gradient(
 ) -> dict[str, Tensor]:
     """dL/ds by autograd through an explicit straight-through mask; scores broadcast over weights."""
     leaves = {n: s.clone().requires_grad_() for n, s in scores.items()}
-    weights, moved = {}, []
+    weights = {}
     for n, s in leaves.items():
-        theta = torch.sigmoid(s.detach())
-        moved.append(slope(theta) * (s - s.detach()))  # theta less itself: 0, with its derivative
-        weights[n] = frozen[n] * (mask[n] + (theta if ste == "p" else 1.0) * moved[-1])
-    penalty = sparsity * torch.cat([m.reshape(-1) for m in moved]).mean()
+        theta = torch.sigmoid(s)
+        slope = theta.detach() if ste == "p" else 1.0
+        weights[n] = frozen[n] * (mask[n] + slope * (theta - theta.detach()))
+    penalty = sparsity * torch.cat([torch.sigmoid(s).reshape(-1) for s in leaves.values()]).mean()
     total = loss(lambda *a, **k: functional_call(model, weights, a, k)) + penalty
     return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
 
@@ -87,8 +81,8 @@ def train_positions(
             if not kept:
                 break
             theta = 1 / (1 + math.exp(-s))
-            power = theta if ste == "p" else 1.0
-            ds = (g * power + sparsity / len(scores)) * slope(torch.tensor(theta, dtype=torch.float64)).item()
+            slope = theta if ste == "p" else 1.0
+            ds = (g * slope + sparsity / len(scores)) * theta * (1 - theta)
             if adam:
                 m, v = 0.9 * m + 0.1 * ds, 0.999 * v + 0.001 * ds * ds
                 s -= lr * m / (1 - 0.9**t) / (math.sqrt(v / (1 - 0.999**t)) + 1e-8)

@@ -2,9 +2,8 @@
 
 One pass over a layer: gradient, moments, scores, the next mask and the weights that carry it, a tile of words at a
 time, so that what one loop leaves the next one finds in the first cache. Three loops, since with fewer vectors in
-each LLVM can tell that they do not overlap, and uses the processor's vector instructions. Whoever draws a mask has
-theta of the new scores, and keeps its slope theta*(1-theta) for the next gradient: two bytes a weight, and half of
-the sigmoids.
+each LLVM can tell that they do not overlap, and uses the processor's vector instructions. (To keep theta's slope
+for the next gradient would save half of the sigmoids and gain nothing: a step waits for its memory.)
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _ZERO, _ONE, _TWO, _RANGE = (np.float32(x) for x in (0, 1, 2, 2.0**32))
 _A, _B = np.uint32(0x7FEB352D), np.uint32(0x846CA68B)
 _15, _16, _23 = np.uint32(15), np.uint32(16), np.uint32(23)
 _TOP, _SIZE = np.uint32(1 << 31), np.uint32((1 << 31) - 1)
-_HALF, _COLUMN = np.uint32(1 << 15), np.uint32(COLUMN)
+_COLUMN = np.uint32(COLUMN)
 
 
 @compiled()
@@ -61,19 +60,6 @@ def _word(i: Any, key: Any) -> Any:
 
 
 @compiled()
-def _slope(p: Any) -> Any:
-    """The upper half of ``p*(1-p)``, rounded: a bfloat16."""
-    return np.uint16(_U(_F(p * (_ONE - p)).view(_U) + _HALF) >> _16)
-
-
-@compiled()
-def slopes(s: NDArray[np.float32], out: NDArray[np.uint16]) -> None:
-    """What `step` keeps for the scores `s`; both (n,)."""
-    for i in range(len(s)):
-        out[i] = _slope(_sigmoid(s[i]))
-
-
-@compiled()
 def largest(grad: NDArray[np.float32]) -> Any:
     """Largest magnitude: infinity is above all, and NaN above it, since their bits order as the numbers do."""
     top = _U(0)
@@ -90,14 +76,14 @@ def _lanes(key: Any, row: Any) -> None:
 
 
 @compiled()
-def _gradient(u: Any, grad: Any, w: Any, c: Any, s: Any, q: Any, power: Any, penalty: Any, pruned: Any) -> None:
+def _gradient(u: Any, grad: Any, w: Any, c: Any, s: Any, power: Any, penalty: Any, pruned: Any) -> None:
     for i in range(len(u)):
+        p = _sigmoid(s[i])
         g = grad[i] * (w[i] if c is None else _F(w[i]) * c)
-        if power is not None:
-            g = g * _sigmoid(s[i])
-        g = g + penalty if penalty != _ZERO else g  # where nothing is added, a negative zero stays one
-        kept = _slope(_sigmoid(s[i])) if q is None else q[i]
-        g = g * _U(_U(kept) << _16).view(_F)
+        g = g * p if power else g  # where nothing is added, a negative zero stays one
+        g = g + penalty if penalty != _ZERO else g
+        g = g * p
+        g = g * (_ONE - p)
         if pruned is not None:
             g = _ZERO if pruned[i] else g
         u[i] = g
@@ -128,9 +114,7 @@ def _change(u: Any, m: Any, v: Any, rates: Any) -> None:
 
 
 @compiled()
-def _draw(
-    u: Any, w: Any, c: Any, s: Any, q: Any, p: Any, bound: Any, cut: Any, row: Any, column: Any, pruned: Any
-) -> None:
+def _draw(u: Any, w: Any, c: Any, s: Any, p: Any, bound: Any, cut: Any, row: Any, column: Any, pruned: Any) -> None:
     for i in range(len(u)):
         x = s[i] - u[i]
         x = -bound if x < -bound else x
@@ -139,10 +123,7 @@ def _draw(
         if cut is not None:
             m = _ONE if x >= cut[0] else _ZERO
         else:
-            theta = _sigmoid(x)
-            m = _ONE if _U(_mix(_U(row[i] ^ column)) ^ _TOP) < _U(theta * _RANGE) else _ZERO
-            if q is not None:  # it never is here, which numba is told
-                q[i] = _slope(theta)
+            m = _ONE if _U(_mix(_U(row[i] ^ column)) ^ _TOP) < _U(_sigmoid(x) * _RANGE) else _ZERO
         if pruned is not None:
             m = _ZERO if pruned[i] else m
         p[i] = (w[i] if c is None else _F(w[i]) * c) * m
@@ -156,14 +137,13 @@ def step(
     s: NDArray[np.float32],
     m: NDArray[np.float32] | None,
     v: NDArray[np.float32] | None,
-    q: NDArray[np.uint16] | None,
     p: NDArray[np.float32],
     u: NDArray[np.float32],
     row: NDArray[np.uint32],
     rates: NDArray[np.float32],
     key: NDArray[np.uint32],
     start: int,
-    power: bool | None,
+    power: bool,
     cut: NDArray[np.float32] | None,
     pruned: NDArray[np.bool_] | None,
 ) -> None:
@@ -173,8 +153,6 @@ def step(
     ----------
     w, c
         The frozen weights; or their signs, and the constant that all are.
-    q
-        `slopes` of the scores, kept up to date; None where nothing is drawn.
     u
         Scratch, (TILE,).
     row
@@ -184,7 +162,7 @@ def step(
     key, start
         Of the words: this layer's are ``start .. start+n-1``.
     power
-        As in `score_gradient_`; None for False.
+        As in `score_gradient_`.
     cut
         As in `DrawRule`, an array of one number; None draws.
     """
@@ -195,12 +173,12 @@ def step(
     while a < len(s):
         tile, lane = (start + a) // TILE, (start + a) % TILE
         b = min(a + TILE - lane, len(s))
-        change, kept = u[: b - a], None if q is None else q[a:b]
+        change = u[: b - a]
         gone = None if pruned is None else pruned[a:b]
-        _gradient(change, grad[a:b], w[a:b], c, s[a:b], kept, power, penalty, gone)
+        _gradient(change, grad[a:b], w[a:b], c, s[a:b], power, penalty, gone)
         _change(change, None if m is None else m[a:b], None if v is None else v[a:b], rates[2:])
         column = _word(_U(_COLUMN + _U(tile)), key)
-        _draw(change, w[a:b], c, s[a:b], kept, p[a:b], bound, cut, row[lane:], column, gone)
+        _draw(change, w[a:b], c, s[a:b], p[a:b], bound, cut, row[lane:], column, gone)
         a = b
 
 
@@ -218,7 +196,6 @@ class _Arrays(NamedTuple):
     s: NDArray[np.float32]
     m: NDArray[np.float32] | None
     v: NDArray[np.float32] | None
-    q: NDArray[np.uint16] | None
     pruned: NDArray[np.bool_] | None
 
 
@@ -233,16 +210,13 @@ class Step:
         self._layers = layers
         self._cut = np.array([rule.cut], np.float32) if rule.draw == "threshold" else None
         self._change, self._row = np.empty(TILE, np.float32), np.empty(TILE, np.uint32)
-        # In step with the scores: torch counts what else writes them, and the kernel's writes pass it by.
-        self._slopes = None if self._cut is not None else np.empty(len(scores), np.uint16)
-        self._scores, self._version = scores, -1
         pruned = None if rule.pruned is None else rule.pruned.numpy()
         s, (m, v) = scores.numpy(), ([x.numpy() for x in moments] + [None, None])[:2]
         self._arrays = []
         for layer, (start, stop) in enumerate(layers.starts()):
             w, scales = layers.frozen.held(layer).numpy(), layers.frozen.scales
             c = None if scales is None else np.float32(scales[layer])
-            rest: Iterator[Any] = (None if x is None else x[start:stop] for x in (m, v, self._slopes, pruned))
+            rest: Iterator[Any] = (None if x is None else x[start:stop] for x in (m, v, pruned))
             self._arrays.append(_Arrays(start, w, c, s[start:stop], *rest))
         self._outs: list[tuple[int, NDArray[np.float32]] | None] = [None] * len(self._arrays)
 
@@ -271,17 +245,11 @@ class Step:
         `rates` are `AdamRates` with two moments, else `SgdRates`; scores stay in [-bound, bound].
         """
         flat, words = np.array([bound, penalty, *rates], np.float32), np.array(key, np.int32).view(np.uint32)
-        if self._slopes is not None and self._scores._version != self._version:
-            slopes(self._scores.numpy(), self._slopes)
-            self._version = self._scores._version
         for i, (arrays, p, grad) in enumerate(zip(self._arrays, self._layers.params, grads, strict=True)):
-            start, w, c, s, m, v, q, pruned = arrays
+            start, w, c, s, m, v, pruned = arrays
             out = self._out(i, p)
             values = np.empty(w.size, np.float32) if out is None else out
-            step(
-                grad, w, c, s, m, v, q, values, self._change, self._row, flat, words, start,
-                power or None, self._cut, pruned,
-            )  # fmt: skip
+            step(grad, w, c, s, m, v, values, self._change, self._row, flat, words, start, power, self._cut, pruned)
             if out is None:
                 p.copy_(torch.from_numpy(values).view(p.shape))
             else:

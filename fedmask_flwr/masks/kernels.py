@@ -36,7 +36,6 @@ INVERSE = single(-1 / np.log(2))
 MAGIC = 1.5 * 2.0**23  # adding it rounds to an integer, which then lies in the lowest bits
 LN2_HIGH = 0.693145751953125  # 15 bits: times n it is exact
 LN2_LOW = single(np.log(2) - LN2_HIGH)
-_HIGH_HALF = {np: 0xFFFF0000, torch: -0x10000}  # of 32 bits, which torch takes as signed
 T1 = float.fromhex("0x1.555514p-3")
 T2 = float.fromhex("-0x1.6a8a58p-9")
 
@@ -162,26 +161,19 @@ def sample_torch_(scores: Tensor, key: Key, out: Tensor, start: int = 0, room: R
 
 
 def score_gradient_(g: Flat, s: Flat, scratch: Flat, *, power: bool, penalty: float) -> None:
-    """Turn ``g = G*w`` into dL/ds in place: ``g*slope``, or ``g*p*slope`` if `power`; slope = p*(1-p).
-
-    The slope is rounded to the 8 significant bits of bfloat16, half up, off by 0.4 % at most: `fused` keeps it from
-    one step to the next, in two bytes.
+    """Turn ``g = G*w`` into dL/ds in place: ``g*p*(1-p)``, or ``g*p*p*(1-p)`` if `power`.
 
     `penalty` is lambda/d, the gradient of ``lambda * mean(sigmoid(s))`` with respect to one theta.
     `scratch` is (4, n).
     """
-    x, integers = _library(g)
+    x, _ = _library(g)
     p = sigmoid_(s, scratch[3], scratch[:3])
     if power:
         g *= p
     if penalty:
         g += single(penalty)
-    slope = x.subtract(1.0, p, out=scratch[0]) if x is np else torch.rsub(p, 1.0)
-    slope *= p
-    rounded = slope.view(integers)
-    rounded += 1 << 15
-    rounded &= _HIGH_HALF[x]
-    g *= slope
+    g *= p
+    g *= x.subtract(1.0, p, out=scratch[0]) if x is np else torch.rsub(p, 1.0)
 
 
 @final

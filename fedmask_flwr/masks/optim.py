@@ -50,8 +50,7 @@ class MaskOptimizer(torch.optim.Optimizer, ABC):
         Names the random streams: step t draws its mask under ``derive(*key, "step", t)``. Give
         ``derive(seed, "train", round, client)``. An int n stands for ``derive(n)``.
     ste
-        ``"identity"``: dL/ds = G*w*theta*(1-theta), the slope theta*(1-theta) to 8 significant bits. ``"p"``: times
-        theta again, as FedPM's code does.
+        ``"identity"``: dL/ds = G*w*theta*(1-theta). ``"p"``: times theta again, as FedPM's code does.
     clip
         theta stays in [clip, 1-clip], so that no score becomes infinite and no gradient dies.
     sparsity

@@ -59,10 +59,10 @@ def test_free_memory(tmp_path):
     assert 0 < cgroup.free_memory() < math.inf
 
 
-@pytest.mark.parametrize(("left", "status"), [(500e6, "ok"), (400e6, "warn"), (350e6, "fail")])
+@pytest.mark.parametrize(("left", "status"), [(500e6, "ok"), (400e6, "warn"), (340e6, "fail")])
 def test_memory(monkeypatch, stages, left, status):
     monkeypatch.setattr(machine.cgroup, "limits", lambda: cgroup.Limits(512e6, left, math.inf))
-    told(machine.memory(Asked()), status, "of a limit of 512 MB", "2000000 parameters 148 MB", "about 356 MB")
+    told(machine.memory(Asked()), status, "of a limit of 512 MB", "2000000 parameters 140 MB", "about 348 MB")
 
 
 def test_memory_of_a_machine_and_of_a_killed_process(monkeypatch, stages):

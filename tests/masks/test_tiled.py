@@ -100,7 +100,7 @@ def test_keys_of_steps():
 
 
 def test_scores_written_from_outside_count_in_the_next_step():
-    """The compiled step keeps what it needs of the scores, and must notice that they are others now."""
+    """Nothing that a step leaves behind may count but what the state holds."""
     model, x = build("stack")
     given = torch.linspace(-3, 3, MaskAdam(model).spec.numel)
     found = []
