@@ -1,7 +1,7 @@
 """What the C library does with freed memory: kept for the next step of training, or given back at once.
 
 torch asks it for the same tensors in every step. By itself glibc gives much of that back in between, and the system
-clears the pages anew: a sixth of a step of Conv-4 (`benchmarks/heap.py`). A server's arrays come once a round;
+clears the pages anew: up to a fifth of a step (`benchmarks/heap.py`). A server's arrays come once a round;
 kept, they only make it larger. Another C library has no such options, and nothing is done.
 """
 

@@ -13,8 +13,8 @@ from .trial import trial
 
 __all__ = ["PER_PARAMETER", "memory", "threads"]
 
-# Bytes of a round, above what any method takes: 69 measured with DrawStep and KLMS, 53 with DeltaStep, 47 with
-# DeltaMask, 33 with FedPM (benchmarks/device_memory.py).
+# Bytes of a round, above what any method takes: 69 measured with DrawStep, 66 with KLMS, 49 with DeltaStep, 47 with
+# DeltaMask, 37 with FedPM (benchmarks/device_memory.py).
 PER_PARAMETER = 70
 
 

@@ -186,3 +186,24 @@ def test_wrong_scores_are_refused(bad):
         optimiser.set_scores(bad)
     assert torch.equal(optimiser.scores, before)
     assert torch.equal(model[0].weight, held)
+
+
+def test_scores_written_from_outside_count_in_the_next_step():
+    """Nothing that a step leaves behind may count but what the state holds."""
+    model, x = build("stack")
+    given = torch.linspace(-3, 3, MaskAdam(model).spec.numel)
+    found = []
+    for steps in (0, 3):
+        model, x = build("stack")
+        optimiser = MaskAdam(model, key=1)
+        for _ in range(steps):
+            optimiser.zero_grad()
+            curve(model(x)).backward()
+            optimiser.step()
+        fresh = MaskAdam(build("stack")[0], key=1).state_dict() | {"scores": given}
+        optimiser.load_state_dict(fresh)
+        optimiser.zero_grad()
+        curve(model(x)).backward()
+        optimiser.step()
+        found.append(optimiser.scores.clone())
+    assert torch.equal(*found)

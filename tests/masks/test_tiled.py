@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles_masks import step_word
 
-from fedmask_flwr.masks import Key, MaskAdam, derive
+from fedmask_flwr.masks import Key, derive
 from fedmask_flwr.masks.kernels import CPU_SLICE
 from fedmask_flwr.masks.tiled import AHEAD, TILE, StepKeys, Tiles, tiled, tiled_torch
-
-from .optim_cases import build, curve
 
 int32 = st.integers(-(2**31), 2**31 - 1)
 N = 1_000_000
@@ -97,24 +94,3 @@ def test_keys_of_steps():
     keys = StepKeys()
     for key, step in ((Key(1, 2), 0), (Key(1, 2), 3), (Key(1, 2), 2 * AHEAD), (Key(1, 2), 5), (Key(3, 2), 5)):
         assert keys.of(key, step) == derive(*key, "step", step)
-
-
-def test_scores_written_from_outside_count_in_the_next_step():
-    """Nothing that a step leaves behind may count but what the state holds."""
-    model, x = build("stack")
-    given = torch.linspace(-3, 3, MaskAdam(model).spec.numel)
-    found = []
-    for steps in (0, 3):
-        model, x = build("stack")
-        optimiser = MaskAdam(model, key=1)
-        for _ in range(steps):
-            optimiser.zero_grad()
-            curve(model(x)).backward()
-            optimiser.step()
-        fresh = MaskAdam(build("stack")[0], key=1).state_dict() | {"scores": given}
-        optimiser.load_state_dict(fresh)
-        optimiser.zero_grad()
-        curve(model(x)).backward()
-        optimiser.step()
-        found.append(optimiser.scores.clone())
-    assert torch.equal(*found)
