@@ -1,6 +1,6 @@
 """A server of 100 clients and 10 million parameters takes less than 350 MB beside its libraries.
 
-Those take 650 to 755 MB with torch's build for CUDA, by the machine; with its build for CPUs, all is to be below a GB.
+Those take 650 to 755 MB with torch's build for CUDA, by the machine; with that for CPUs, all is to be below a GB.
 """
 
 from __future__ import annotations
