@@ -63,23 +63,36 @@ def named(runs: Sequence[Run], name: str) -> list[Run]:
     return [run for run in runs if run["name"] == name]
 
 
-def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
-    """What is promised, over the seeds of each row; nothing of a row in which a seed did not reach the accuracy."""
+def paired(runs: Sequence[Run], *names: str) -> list[list[Run]]:
+    """The runs of each row with the seeds that all of these rows have, in their order."""
+    rows = [{run["seed"]: run for run in named(runs, name)} for name in names]
+    seeds = sorted(set.intersection(*(set(row) for row in rows)))
+    return [[row[seed] for seed in seeds] for row in rows]
 
-    def up(name: str) -> float | None:
-        found = [bits_to(run, accuracy) for run in named(runs, name)]
+
+def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
+    """What is promised; two rows are compared over the seeds that both have.
+
+    Nothing is said of bits to an accuracy that a seed did not reach.
+    """
+
+    def up(mine: Sequence[Run]) -> float | None:
+        found = [bits_to(run, accuracy) for run in mine]
         return None if not found or None in found else mean([f[0] for f in found if f])
 
-    ideal = [rounds_to(run, accuracy) for run in named(runs, "fedpm")]
-    fedpm = mean([float(r) for r in ideal if r]) if ideal and None not in ideal else None  # one bit a round
-    faithful = up("deltamask faithful")
+    def ideal(mine: Sequence[Run]) -> float | None:
+        found = [rounds_to(run, accuracy) for run in mine]  # one bit a round
+        return None if not found or None in found else mean([float(r) for r in found if r])
+
     to = f"{data}: uplink bits to {accuracy:.0%}"
-    pairs = [
-        *((f"{to}: FedPM's ideal bit / {name}", fedpm, up(name), 25.0) for name in SAMPLED),
-        *((f"{to}: FedPM's ideal bit / {name}", fedpm, up(name), 7.0) for name in EXACT),
-        *((f"{to}: DeltaMask faithful / {name}", faithful, up(name), 3.0) for name in SAMPLED + EXACT),
-    ]
-    out = [Ratio(name, over / under, target) for name, over, under, target in pairs if over and under]
+    peers = [("fedpm", "FedPM's ideal bit", ideal, name, 25.0) for name in SAMPLED]
+    peers += [("fedpm", "FedPM's ideal bit", ideal, name, 7.0) for name in EXACT]
+    peers += [("deltamask faithful", "DeltaMask faithful", up, name, 3.0) for name in SAMPLED + EXACT]
+    out = []
+    for peer, title, cost, name, target in peers:
+        theirs, mine = paired(runs, peer, name)
+        if (over := cost(theirs)) and (under := up(mine)):
+            out.append(Ratio(f"{to}: {title} / {name}", over / under, target))
     for name, target in (*((name, 200.0) for name in SAMPLED), *((name, 50.0) for name in EXACT)):
         if mine := named(runs, name):
             label = f"{data}: both directions, a round from 10 on: FedAvg float32 / {name}"
@@ -88,12 +101,14 @@ def ratios(runs: Sequence[Run], accuracy: float, data: str) -> list[Ratio]:
         if mine := named(runs, name):
             sent = mean([mean([up for up, _ in bits_a_round(run)]) for run in mine])
             out.append(Ratio(f"{data}: {name}, mean uplink, bits a parameter and round", sent, 0.09, "at most"))
-    theirs = [final_accuracy(run) for run in named(runs, "fedpm")]
+    finals = [final_accuracy(run) for run in named(runs, "fedpm")]
     for name in (*SAMPLED, *EXACT[:2]):
-        if theirs and (mine := named(runs, name)):
-            ahead = mean([final_accuracy(run) for run in mine]) - mean(theirs)
-            label = f"{data}: last accuracy, {name} - fedpm (fedpm's seeds span {max(theirs) - min(theirs):.4f})"
-            out.append(Ratio(label, ahead, min(theirs) - max(theirs)))
+        theirs, mine = paired(runs, "fedpm", name)
+        if mine:
+            ahead = [final_accuracy(m) - final_accuracy(t) for m, t in zip(mine, theirs, strict=True)]
+            span = max(finals) - min(finals)
+            label = f"{data}: last accuracy, {name} - fedpm, {len(mine)} seeds (fedpm's span {span:.4f})"
+            out.append(Ratio(label, mean(ahead), -span))
     return out
 
 
