@@ -64,7 +64,6 @@ ROWS = {
     "deltamask faithful": {"method": "deltamask", "codec": "fuse8+png"},
     "deltamask exact": {"method": "deltamask", **EXACT},
     "deltastep": {"method": "deltastep", "downlink": "relay"},
-    "deltastep to 1": {"method": "deltastep", "step-min": 1.0, "downlink": "relay"},
     "drawstep": {"method": "drawstep", "downlink": "relay"},
     "drawstep in blocks": {
         "method": "drawstep",
