@@ -4,9 +4,10 @@
 
 Time is processor time of whole steps (zero the gradients, forward, backward, update). Each repetition takes one
 step of every variant in turn, and a ratio is the median over repetitions of variant over dense of the same
-repetition, so that what else the machine does falls out. Freed memory is kept for the next step, as devices keep it
-(`heap.keep`), for all variants. "compiled" is this package with numba, "numpy" with
-FEDMASK_JIT=0, "naive" the straight-through estimator as it is usually written.
+repetition, so that what else the machine does falls out; of the MLP's, which hang on where its memory lies, the
+median of five processes. Freed memory is kept for the next step, as devices keep it (`heap.keep`), for all
+variants. "compiled" is this package with numba, "numpy" with FEDMASK_JIT=0, "naive" the straight-through estimator
+as it is usually written.
 
 Memory is the peak of the loop over what the process held before it built the model, each in a fresh process that
 has warmed up on a tiny model with weights of the same kind: numba's own memory, which does not grow with the model,
@@ -45,13 +46,14 @@ RESULTS = Path(__file__).parent / "results/training.json"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A model, its input, and how much of dense training's time a mask may take."""
+    """A model, its input, how much of dense training's time a mask may take, and the processes that are timed."""
 
     shape: tuple[int, ...]
     classes: int
     batch: int
     reps: int
     target: float
+    runs: int = 1
 
     def inputs(self):
         rng = torch.Generator().manual_seed(0)
@@ -60,7 +62,7 @@ class Case:
 
 
 CASES = {
-    "mlp": Case((784,), 10, 64, 200, 1.15),
+    "mlp": Case((784,), 10, 64, 200, 1.15, runs=5),
     "leaf": Case((1, 28, 28), 62, 32, 16, 1.12),
     "conv4": Case((3, 32, 32), 10, 16, 16, 1.06),
     "mobilenet_v2": Case((3, 64, 64), 10, 16, 6, 1.03),
@@ -141,8 +143,11 @@ def stepper(model, variant, optimiser, x, y):
     return step
 
 
-def times(name, case, optimiser, variants, reps):
-    """Median milliseconds of each variant, and its ratio to dense."""
+def times(name, optimiser, variants, reps):
+    """Median milliseconds of each variant, and its ratio to dense; for a process of its own."""
+    torch.set_num_threads(1)
+    heap.keep()  # as a device does
+    case = CASES[name]
     steps = {v: stepper(network(name, case), v, optimiser, *case.inputs()) for v in variants}
     for step in steps.values():  # compile, allocate
         step()
@@ -158,6 +163,27 @@ def times(name, case, optimiser, variants, reps):
                 raise SystemExit(f"{name}, {v}, {optimiser}: a loss of {loss}; such numbers take another time")
     ratio = {v: median(a / b for a, b in zip(took[v], took["dense"], strict=True)) for v in variants}
     return {v: {"ms": round(1e3 * median(took[v]), 3), "ratio": round(ratio[v], 3)} for v in variants}
+
+
+def own(*arguments, **environment):
+    """What a process of its own prints."""
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True, text=True, check=False, env={**os.environ, **environment},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout)
+
+
+def timed(name, optimiser, variants, reps, runs):
+    """Each variant's run of `times` with the median ratio, and all runs' ratios."""
+    found = [own("--time", name, optimiser, ",".join(variants), str(reps)) for _ in range(runs)]
+    out = {}
+    for v in variants:
+        ordered = sorted((run[v] for run in found), key=lambda run: run["ratio"])
+        out[v] = ordered[runs // 2] | {"runs": [run["ratio"] for run in ordered]}
+    return out
 
 
 def status(field):
@@ -192,13 +218,7 @@ def peak(name, variant, optimiser):
 
 def memory(name, optimiser, variants):
     """Peak of each variant, each in a process of its own, and its ratio to dense."""
-    found = {}
-    for v in variants:
-        done = subprocess.run(
-            [sys.executable, __file__, "--peak", name, v, optimiser],
-            capture_output=True, text=True, check=True, env={**os.environ, **GIVE_BACK, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        found[v] = json.loads(done.stdout)
+    found = {v: own("--peak", name, v, optimiser, OMP_NUM_THREADS="1", **GIVE_BACK) for v in variants}
     return {v: {**r, "ratio": round(r["extra_mb"] / found["dense"]["extra_mb"], 2)} for v, r in found.items()}
 
 
@@ -221,19 +241,23 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--ratios", type=Path, help="JSON of the figures, for benchmarks/bench.py")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--time", nargs=4, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.peak:
         print(json.dumps(peak(*asked.peak)))
         return
-    torch.set_num_threads(1)
-    heap.keep()  # as a device does
+    if asked.time:
+        name, optimiser, variants, reps = asked.time
+        print(json.dumps(times(name, optimiser, variants.split(","), int(reps))))
+        return
     variants = [v for v in VARIANTS if v != "compiled" or jit.available()]
     rows = []
     print(f"{'':13}{'':5} {'dense ms':>9} " + " ".join(f"{v:>9}" for v in variants[1:]) + "   target   memory")
     for name in ["mlp"] if asked.quick else asked.model:
         case = CASES[name]
         for optimiser in OPTIMISERS:
-            took = times(name, case, optimiser, variants, 15 if asked.quick else case.reps)
+            reps, runs = (15, 1) if asked.quick else (case.reps, case.runs)
+            took = timed(name, optimiser, variants, reps, runs)
             row = {"model": name, "optimiser": optimiser, "batch": case.batch, "target": case.target, "time": took}
             row["parameters"] = MaskSpec.of(network(name, case)).numel
             told = ""
